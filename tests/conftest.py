@@ -1,0 +1,32 @@
+"""Make `import zigma` mean this checkout's zigma/, with nothing of ours on sys.path.
+
+The pack's root must not be on sys.path: beside a ComfyUI its nodes/ would hide the host's nodes.py. So zigma alone is
+loaded from its path, whether or not a package of that name is installed.
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _load_zigma() -> None:
+    folder = ROOT / "zigma"
+    spec = importlib.util.spec_from_file_location(
+        "zigma", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["zigma"] = module
+    spec.loader.exec_module(module)
+
+
+_load_zigma()
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The root of the checkout."""
+    return ROOT

@@ -1,0 +1,189 @@
+"""Pictures for people: labelled sheets of samples, and a token order drawn as the path it is.
+
+Pillow only, and its built-in font, so that a sheet looks the same on every machine.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+__all__ = ["draw_order", "enlarge", "labelled_sheet", "save_picture", "to_pictures"]
+
+INK, FAINT_INK, HAIRLINE, PAPER = (38, 41, 46), (120, 124, 130), (226, 229, 233), (255, 255, 255)
+# A path's colour from its first token to its last: dark blue, teal, green, yellow (after viridis; light means late).
+PATH_COLOURS = ((68, 33, 116), (48, 103, 141), (38, 160, 134), (122, 202, 80), (236, 212, 40))
+OVERSAMPLING = 4  # Pillow draws lines without anti-aliasing: draw larger, then shrink.
+
+
+def to_pictures(images: torch.Tensor) -> list[Image.Image]:
+    """Images (b, 3, H, W) in [-1, 1], clamped, as `b` RGB pictures."""
+    if images.dim() != 4 or images.shape[1] != 3:
+        raise ValueError(f"got images of shape {tuple(images.shape)}, but expected (b, 3, height, width)")
+    levels = ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return [Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()) for picture in levels]
+
+
+def enlarge(picture: Image.Image, factor: int, resample: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:
+    """The picture `factor` times as large; NEAREST shows its pixels, LANCZOS is smooth."""
+    if factor < 1:
+        raise ValueError(f"got an enlargement of {factor}, but expected a whole number from 1")
+    return picture if factor == 1 else picture.resize((picture.width * factor, picture.height * factor), resample)
+
+
+def labelled_sheet(
+    pictures: Sequence[Image.Image],
+    captions: Sequence[str],
+    *,
+    columns: int | None = None,
+    title: str = "",
+    footnote: str = "",
+    text_size: int = 13,
+    gap: int = 18,
+) -> Image.Image:
+    """Pictures in rows on white paper, each with its caption below, wrapped to the picture's width.
+
+    Args:
+        pictures: at least one; a cell is as large as the largest of them.
+        captions: one for each picture, may be empty.
+        columns: pictures in a row; None makes the sheet about one and a half times as wide as high.
+        title, footnote: a line above and below, each left out when empty.
+        text_size: of the captions, in pixels.
+        gap: between pictures and round the sheet, in pixels.
+    """
+    if not pictures or len(pictures) != len(captions):
+        raise ValueError(f"got {len(pictures)} pictures and {len(captions)} captions: expected one of each, or more")
+    if columns is None:
+        columns = min(len(pictures), math.ceil(math.sqrt(1.5 * len(pictures))))
+    font, title_font = _font(text_size), _font(round(1.5 * text_size))
+    cell_w, cell_h = max(p.width for p in pictures), max(p.height for p in pictures)
+    labels = [_wrap(caption, font, cell_w) for caption in captions]
+    rows = [range(start, min(start + columns, len(pictures))) for start in range(0, len(pictures), columns)]
+    line = round(1.35 * text_size)
+    label_heights = [line * max(len(labels[i]) for i in row) for row in rows]
+
+    width = columns * (cell_w + gap) + gap
+    above, below = _wrap(title, title_font, width - 2 * gap), _wrap(footnote, font, width - 2 * gap)
+    title_line = round(1.5 * line)
+    head, foot = title_line * len(above) + gap * bool(above), line * len(below) + gap * bool(below)
+    body = sum(cell_h + 6 + label_height + gap for label_height in label_heights)
+    sheet = Image.new("RGB", (width, gap + head + body + foot), PAPER)
+    draw = ImageDraw.Draw(sheet)
+
+    for number, text in enumerate(above):
+        draw.text((gap, gap + number * title_line), text, INK, title_font)
+    y = gap + head
+    for row, label_height in zip(rows, label_heights, strict=True):
+        for column, i in enumerate(row):
+            x = gap + column * (cell_w + gap)
+            left, top = x + (cell_w - pictures[i].width) // 2, y + (cell_h - pictures[i].height) // 2
+            draw.rectangle((x - 1, y - 1, x + cell_w, y + cell_h), outline=HAIRLINE)
+            sheet.paste(pictures[i], (left, top))
+            for number, text in enumerate(labels[i]):
+                centred = x + (cell_w - font.getlength(text)) / 2
+                draw.text((centred, y + cell_h + 6 + number * line), text, INK, font)
+        y += cell_h + 6 + label_height + gap
+    for number, text in enumerate(below):
+        draw.text((gap, y + number * line), text, FAINT_INK, font)
+    return sheet
+
+
+def draw_order(order: torch.Tensor, height: int, width: int, *, size: int = 240) -> Image.Image:
+    """A token order as a path over the grid: dark where it starts, light where it ends, jumps as thin grey lines.
+
+    Args:
+        order: (height * width,) raster indices in the order in which they are read.
+        height, width: the grid in tokens.
+        size: the longer side of the drawing, in pixels.
+    """
+    if order.dim() != 1 or order.numel() != height * width:
+        raise ValueError(
+            f"got an order of shape {tuple(order.shape)}, but a grid of {height}x{width} has {height * width} tokens"
+        )
+    cell = OVERSAMPLING * size / max(height, width)
+    sheet = Image.new("RGB", (round(cell * width), round(cell * height)), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    if cell >= 6 * OVERSAMPLING:  # below that the grid would be all there is to see
+        for column in range(width + 1):
+            draw.line((column * cell, 0, column * cell, sheet.height), HAIRLINE, OVERSAMPLING)
+        for row in range(height + 1):
+            draw.line((0, row * cell, sheet.width, row * cell), HAIRLINE, OVERSAMPLING)
+    places = [((index % width + 0.5) * cell, (index // width + 0.5) * cell) for index in order.tolist()]
+    steps = list(itertools.pairwise(places))
+    # A step to any of the eight neighbours is drawn as path; scan_orders.count_jumps is stricter, with four.
+    is_jump = [max(abs(x1 - x0), abs(y1 - y0)) > 1.5 * cell for (x0, y0), (x1, y1) in steps]
+    for (start, end), jump in zip(steps, is_jump, strict=True):
+        if jump:
+            draw.line((*start, *end), (190, 194, 200), max(1, round(0.04 * cell)))
+    stroke = max(OVERSAMPLING, round(0.22 * cell))
+    for number, ((start, end), jump) in enumerate(zip(steps, is_jump, strict=True)):
+        if not jump:
+            draw.line((*start, *end), _path_colour(number / len(steps)), stroke)
+    for number, place in enumerate(places):
+        radius = 0.3 * cell if number in (0, len(places) - 1) else stroke / 2
+        _disc(draw, place, radius, _path_colour(number / max(1, len(places) - 1)))
+    return sheet.reduce(OVERSAMPLING)
+
+
+def save_picture(picture: Image.Image, path: str | os.PathLike[str]) -> Path:
+    """Write the picture whole or not at all, as its suffix says (.png, .jpg, .webp), and make its folder if needed.
+
+    Raises:
+        ValueError: for a suffix that names no picture format.
+        OSError: when the folder or the file cannot be written.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"{path} does not end in the name of a picture format: use .png")
+    encoded = io.BytesIO()
+    picture.save(encoded, Image.registered_extensions()[path.suffix.lower()])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_bytes(encoded.getvalue())
+    os.replace(unfinished, path)
+    return path
+
+
+def _disc(draw: ImageDraw.ImageDraw, centre: tuple[float, float], radius: float, colour: tuple[int, ...]) -> None:
+    x, y = centre
+    draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+
+
+def _path_colour(fraction: float) -> tuple[int, ...]:
+    """The colour at `fraction` (0 to 1) of the way, linear between the stops."""
+    position = fraction * (len(PATH_COLOURS) - 1)
+    left = min(int(position), len(PATH_COLOURS) - 2)
+    pairs = zip(PATH_COLOURS[left], PATH_COLOURS[left + 1], strict=True)
+    return tuple(round(a + (b - a) * (position - left)) for a, b in pairs)
+
+
+def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    try:
+        return ImageFont.load_default(size)
+    except TypeError:  # Pillow before 10.1 has one small bitmap font
+        return ImageFont.load_default()
+
+
+def _wrap(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: float) -> list[str]:
+    """The text in lines no wider than `width` pixels, broken between words, and within a word that is wider alone."""
+    if isinstance(font, ImageFont.ImageFont):  # the bitmap font raises on what it lacks
+        text = text.encode("latin-1", "replace").decode("latin-1")
+    lines: list[str] = []
+    for word in text.split():
+        joined = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(joined) <= width:
+            lines[-1] = joined
+            continue
+        lines.append("")
+        for character in word:
+            if lines[-1] and font.getlength(lines[-1] + character) > width:
+                lines.append("")
+            lines[-1] += character
+    return lines

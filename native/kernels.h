@@ -1,0 +1,42 @@
+/* What one instruction-set variant offers to library.c: work on one unit (a batch entry and UNIT_CHANNELS of
+ * its channels). The partition does not depend on the instruction set or on the number of threads, and sums over
+ * units are taken in a fixed order, so results do not depend on the number of threads either. */
+#ifndef ZIGMA_KERNELS_H
+#define ZIGMA_KERNELS_H
+
+#include "scan.h"
+
+enum { UNIT_CHANNELS = 128, CHUNK = 16 };
+
+typedef struct {
+    const zs_scan_args *args;
+    int64_t units, chunks;          /* units per batch entry; chunks of the sequence */
+    int64_t padded, states;         /* channels and states rounded up to whole vectors and blocks */
+    float *A_packed;                /* [padded / lanes][states][lanes], times log2(e) */
+    float *BC_partial;              /* [b][units][l][2][n], sums over the channels of one unit */
+    float *A_partial;               /* [b][padded / lanes][states][lanes] */
+    float *D_partial, *bias_partial; /* [b][padded] */
+} scan_job;
+
+typedef struct {
+    const zs_conv_args *args;
+    int64_t units, padded;
+    float *weight_packed, *bias_packed; /* [k][padded], [padded] */
+    float *weight_partial;              /* [b][k + 1][padded], the bias in the last row */
+} conv_job;
+
+typedef struct {
+    const char *name;
+    int64_t lanes, block;  /* channels per vector, states per block */
+    int64_t (*scan_workspace)(const scan_job *, int backward);  /* floats per thread */
+    void (*scan_forward)(const scan_job *, int64_t batch, int64_t unit, float *workspace);
+    void (*scan_backward)(const scan_job *, int64_t batch, int64_t unit, float *workspace);
+    int64_t (*conv_workspace)(const conv_job *, int backward);
+    void (*conv_forward)(const conv_job *, int64_t batch, int64_t unit, float *workspace);
+    void (*conv_backward)(const conv_job *, int64_t batch, int64_t unit, float *workspace);
+    void (*exp2)(const float *x, float *y, int64_t count);  /* for the accuracy test */
+} zs_kernels;
+
+extern const zs_kernels zs_kernels_avx512, zs_kernels_avx2;
+
+#endif

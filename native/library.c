@@ -1,0 +1,293 @@
+/* Entry points of the native library: choice of the instruction set, checks, threads, packing of the parameters and
+ * the final sums over units. */
+
+#include <cpuid.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels.h"
+#include "threads.h"
+
+#define EXPORT __attribute__((visibility("default")))
+#define LOG2E 1.44269504088896341f
+
+/* ---- instruction set ---- */
+
+static int os_saves_state(uint64_t mask) { /* XCR0: which registers the operating system keeps */
+    uint32_t low, high;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (((uint64_t)high << 32 | low) & mask) == mask;
+}
+
+static int supports(const zs_kernels *kernels) {
+    uint32_t eax, ebx, ecx, edx;
+    const uint32_t fma = 1u << 12, osxsave = 1u << 27, avx = 1u << 28, f16c = 1u << 29;
+    const uint32_t avx2 = 1u << 5, bmi = 1u << 3 | 1u << 8;
+    const uint32_t avx512 = 1u << 16 | 1u << 17 | 1u << 28 | 1u << 30 | 1u << 31; /* F, DQ, CD, BW, VL */
+    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return 0;
+    if ((ecx & (fma | osxsave | avx | f16c)) != (fma | osxsave | avx | f16c) || !os_saves_state(0x6)) return 0;
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (ebx & (avx2 | bmi)) != (avx2 | bmi)) return 0;
+    return kernels == &zs_kernels_avx2 || ((ebx & avx512) == avx512 && os_saves_state(0xe6));
+}
+
+static const zs_kernels *const variants[] = {&zs_kernels_avx512, &zs_kernels_avx2};
+
+/* The widest variant that this CPU runs, or the named one; NULL if there is none. */
+static const zs_kernels *find_kernels(const char *name) {
+    for (size_t i = 0; i < sizeof variants / sizeof *variants; i++)
+        if ((!name || !*name || !strcmp(name, variants[i]->name)) && supports(variants[i])) return variants[i];
+    return NULL;
+}
+
+EXPORT int64_t zs_abi_version(void) { return ZS_ABI_VERSION; }
+
+EXPORT const char *zs_instruction_set(const char *name) {
+    const zs_kernels *kernels = find_kernels(name);
+    return kernels ? kernels->name : NULL;
+}
+
+EXPORT int64_t zs_exp2(const char *instruction_set, const float *x, float *y, int64_t count) {
+    const zs_kernels *kernels = find_kernels(instruction_set);
+    if (!kernels) return ZS_UNSUPPORTED;
+    kernels->exp2(x, y, count);
+    return ZS_OK;
+}
+
+/* ---- helpers ---- */
+
+static int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+static int64_t units_of(int64_t channels) { return (channels + UNIT_CHANNELS - 1) / UNIT_CHANNELS; }
+
+/* An order has to visit every row once: a row left out would never be written. */
+static int check_order(const int64_t *order, int64_t length) {
+    if (!order) return ZS_OK;
+    uint8_t small[1024], *seen = length <= (int64_t)sizeof small ? small : malloc((size_t)length);
+    if (!seen) return ZS_NO_MEMORY;
+    memset(seen, 0, (size_t)length);
+    int status = ZS_OK;
+    for (int64_t k = 0; k < length && status == ZS_OK; k++) {
+        if (order[k] < 0 || order[k] >= length || seen[order[k]])
+            status = ZS_BAD_ORDER;
+        else
+            seen[order[k]] = 1;
+    }
+    if (seen != small) free(seen);
+    return status;
+}
+
+static float *floats(int64_t count) { return zs_allocate((size_t)count * sizeof(float)); }
+static float *zeros(int64_t count) {
+    float *p = floats(count);
+    if (p) memset(p, 0, (size_t)count * sizeof(float));
+    return p;
+}
+
+static void store_element(const zs_rows *t, int64_t offset, float x) {
+    if (t->dtype == ZS_F32) {
+        ((float *)t->data)[offset] = x;
+        return;
+    }
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    bits = x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    ((uint16_t *)t->data)[offset] = (uint16_t)bits;
+}
+
+/* ---- scan ---- */
+
+typedef struct {
+    const zs_kernels *kernels;
+    scan_job job;
+} scan_run;
+
+static void forward_task(void *context, int64_t task, float *workspace) {
+    scan_run *run = context;
+    run->kernels->scan_forward(&run->job, task / run->job.units, task % run->job.units, workspace);
+}
+
+static void backward_task(void *context, int64_t task, float *workspace) {
+    scan_run *run = context;
+    run->kernels->scan_backward(&run->job, task / run->job.units, task % run->job.units, workspace);
+}
+
+/* One row of dB and dC: the units' partial sums added in order of unit. */
+static void sum_row_task(void *context, int64_t task, float *workspace) {
+    const scan_job *job = &((scan_run *)context)->job;
+    const zs_scan_args *a = job->args;
+    const int64_t batch = task, n = a->states;
+    (void)workspace;
+    for (int64_t k = 0; k < a->length; k++) {
+        int64_t row = a->input_order ? a->input_order[k] : k;
+        const float *from = job->BC_partial + (batch * job->units * a->length + k) * 2 * n;
+        for (int64_t i = 0; i < 2 * n; i++) {
+            float sum = 0;
+            for (int64_t unit = 0; unit < job->units; unit++) sum += from[unit * a->length * 2 * n + i];
+            const zs_rows *to = i < n ? &a->d_B : &a->d_C;
+            store_element(to, batch * to->batch_stride + row * to->row_stride + i % n, sum);
+        }
+    }
+}
+
+/* dA, dD and d_delta_bias: sums over the batch in its order. */
+static void sum_parameters(const scan_run *run) {
+    const scan_job *job = &run->job;
+    const zs_scan_args *a = job->args;
+    const int64_t lanes = run->kernels->lanes, sheet = job->padded * job->states;
+    for (int64_t batch = 1; batch < a->batch; batch++)
+        for (int64_t i = 0; i < sheet; i++) job->A_partial[i] += job->A_partial[batch * sheet + i];
+    for (int64_t c = 0; c < a->channels; c++)
+        for (int64_t i = 0; i < a->states; i++)
+            a->d_A[c * a->states + i] = job->A_partial[(c / lanes * job->states + i) * lanes + c % lanes];
+    for (int64_t c = 0; c < a->channels; c++) {
+        float D = 0, bias = 0;
+        for (int64_t batch = 0; batch < a->batch; batch++) {
+            D += job->D_partial[batch * job->padded + c];
+            bias += job->bias_partial[batch * job->padded + c];
+        }
+        if (a->d_D) a->d_D[c] = D;
+        if (a->d_delta_bias) a->d_delta_bias[c] = bias;
+    }
+}
+
+static int open_scan(scan_run *run, const zs_scan_args *a, const char *instruction_set) {
+    run->kernels = find_kernels(instruction_set);
+    if (!run->kernels || a->states > ZS_MAX_STATES) return ZS_UNSUPPORTED;
+    int status = check_order(a->input_order, a->length);
+    if (status == ZS_OK) status = check_order(a->output_order, a->length);
+    if (status != ZS_OK) return status;
+    scan_job *job = &run->job;
+    const int64_t lanes = run->kernels->lanes;
+    *job = (scan_job){.args = a,
+                      .units = units_of(a->channels),
+                      .chunks = (a->length + CHUNK - 1) / CHUNK,
+                      .padded = round_up(a->channels, lanes),
+                      .states = round_up(a->states, run->kernels->block)};
+    job->A_packed = zeros(job->padded * job->states);
+    if (!job->A_packed) return ZS_NO_MEMORY;
+    for (int64_t c = 0; c < a->channels; c++)
+        for (int64_t i = 0; i < a->states; i++)
+            job->A_packed[(c / lanes * job->states + i) * lanes + c % lanes] = a->A[c * a->states + i] * LOG2E;
+    return ZS_OK;
+}
+
+static int64_t scan_threads(const zs_scan_args *a) {
+    return zs_useful_threads(a->threads, a->batch * a->length * a->channels * a->states);
+}
+
+/* Size of `checkpoints`; -1 if the instruction set is not available here. */
+EXPORT int64_t zs_checkpoint_floats(const char *instruction_set, int64_t batch, int64_t length, int64_t channels,
+                                    int64_t states) {
+    const zs_kernels *kernels = find_kernels(instruction_set);
+    if (!kernels) return -1;
+    return batch * ((length + CHUNK - 1) / CHUNK) * round_up(channels, kernels->lanes) *
+           round_up(states, kernels->block);
+}
+
+EXPORT int64_t zs_scan_forward(const char *instruction_set, const zs_scan_args *a) {
+    scan_run run;
+    int status = open_scan(&run, a, instruction_set);
+    if (status != ZS_OK) return status;
+    status = zs_parallel(scan_threads(a), a->batch * run.job.units, run.kernels->scan_workspace(&run.job, 0),
+                         forward_task, &run);
+    zs_release(run.job.A_packed);
+    return status;
+}
+
+EXPORT int64_t zs_scan_backward(const char *instruction_set, const zs_scan_args *a) {
+    scan_run run;
+    int status = open_scan(&run, a, instruction_set);
+    if (status != ZS_OK) return status;
+    scan_job *job = &run.job;
+    job->BC_partial = floats(a->batch * job->units * a->length * 2 * a->states);
+    job->A_partial = zeros(a->batch * job->padded * job->states);
+    job->D_partial = zeros(a->batch * job->padded);
+    job->bias_partial = zeros(a->batch * job->padded);
+    status = ZS_NO_MEMORY;
+    if (job->BC_partial && job->A_partial && job->D_partial && job->bias_partial)
+        status = zs_parallel(scan_threads(a), a->batch * job->units, run.kernels->scan_workspace(job, 1),
+                             backward_task, &run);
+    if (status == ZS_OK) {
+        for (int64_t batch = 0; batch < a->batch; batch++) sum_row_task(&run, batch, NULL);
+        sum_parameters(&run);
+    }
+    zs_release(job->bias_partial);
+    zs_release(job->D_partial);
+    zs_release(job->A_partial);
+    zs_release(job->BC_partial);
+    zs_release(job->A_packed);
+    return status;
+}
+
+/* ---- convolution ---- */
+
+typedef struct {
+    const zs_kernels *kernels;
+    conv_job job;
+} conv_run;
+
+static void conv_forward_task(void *context, int64_t task, float *workspace) {
+    conv_run *run = context;
+    run->kernels->conv_forward(&run->job, task / run->job.units, task % run->job.units, workspace);
+}
+
+static void conv_backward_task(void *context, int64_t task, float *workspace) {
+    conv_run *run = context;
+    run->kernels->conv_backward(&run->job, task / run->job.units, task % run->job.units, workspace);
+}
+
+static int open_conv(conv_run *run, const zs_conv_args *a, const char *instruction_set) {
+    run->kernels = find_kernels(instruction_set);
+    if (!run->kernels || a->width > ZS_MAX_CONV_WIDTH) return ZS_UNSUPPORTED;
+    int status = check_order(a->order, a->length);
+    if (status != ZS_OK) return status;
+    conv_job *job = &run->job;
+    *job = (conv_job){.args = a, .units = units_of(a->channels)};
+    job->padded = round_up(a->channels, run->kernels->lanes);
+    job->weight_packed = zeros((a->width + 1) * job->padded);
+    if (!job->weight_packed) return ZS_NO_MEMORY;
+    job->bias_packed = job->weight_packed + a->width * job->padded;
+    for (int64_t j = 0; j < a->width; j++)
+        for (int64_t c = 0; c < a->channels; c++) job->weight_packed[j * job->padded + c] = a->weight[c * a->width + j];
+    if (a->bias) memcpy(job->bias_packed, a->bias, (size_t)a->channels * sizeof(float));
+    return ZS_OK;
+}
+
+static int64_t conv_threads(const zs_conv_args *a) {
+    return zs_useful_threads(a->threads, a->batch * a->length * a->channels * (a->width + 2));
+}
+
+EXPORT int64_t zs_conv_forward(const char *instruction_set, const zs_conv_args *a) {
+    conv_run run;
+    int status = open_conv(&run, a, instruction_set);
+    if (status != ZS_OK) return status;
+    status = zs_parallel(conv_threads(a), a->batch * run.job.units, run.kernels->conv_workspace(&run.job, 0),
+                         conv_forward_task, &run);
+    zs_release(run.job.weight_packed);
+    return status;
+}
+
+static void sum_conv_parameters(const conv_job *job) {
+    const zs_conv_args *a = job->args;
+    const int64_t sheet = (a->width + 1) * job->padded;
+    for (int64_t batch = 1; batch < a->batch; batch++)
+        for (int64_t i = 0; i < sheet; i++) job->weight_partial[i] += job->weight_partial[batch * sheet + i];
+    for (int64_t c = 0; c < a->channels; c++) {
+        for (int64_t j = 0; j < a->width; j++) a->d_weight[c * a->width + j] = job->weight_partial[j * job->padded + c];
+        if (a->d_bias) a->d_bias[c] = job->weight_partial[a->width * job->padded + c];
+    }
+}
+
+EXPORT int64_t zs_conv_backward(const char *instruction_set, const zs_conv_args *a) {
+    conv_run run;
+    int status = open_conv(&run, a, instruction_set);
+    if (status != ZS_OK) return status;
+    run.job.weight_partial = zeros(a->batch * (a->width + 1) * run.job.padded);
+    status = ZS_NO_MEMORY;
+    if (run.job.weight_partial)
+        status = zs_parallel(conv_threads(a), a->batch * run.job.units, run.kernels->conv_workspace(&run.job, 1),
+                             conv_backward_task, &run);
+    if (status == ZS_OK) sum_conv_parameters(&run.job);
+    zs_release(run.job.weight_partial);
+    zs_release(run.job.weight_packed);
+    return status;
+}

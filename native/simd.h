@@ -1,0 +1,168 @@
+/* One vector of float lanes and the few operations the kernels need, for AVX-512 (16 lanes) and AVX2 + FMA
+ * (8 lanes). A variant is chosen by the flags of the translation unit; the kernels are written once. */
+#ifndef ZIGMA_SIMD_H
+#define ZIGMA_SIMD_H
+
+#include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "scan.h"
+
+#define INLINE static inline __attribute__((always_inline))
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+
+#define LANES 16
+typedef __m512 vec;
+
+INLINE vec vset(float x) { return _mm512_set1_ps(x); }
+INLINE vec vload(const float *p) { return _mm512_loadu_ps(p); }
+INLINE void vstore(float *p, vec x) { _mm512_storeu_ps(p, x); }
+INLINE vec vfma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE vec vmax(vec a, vec b) { return _mm512_max_ps(a, b); }
+INLINE vec vabs(vec x) { return _mm512_abs_ps(x); }
+/* x >= 0 ? a : b, lane by lane */
+INLINE vec vselect_nonnegative(vec x, vec a, vec b) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GE_OQ), b, a);
+}
+
+INLINE vec vload_bf16(const uint16_t *p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)), 16));
+}
+
+INLINE void vstore_bf16(uint16_t *p, vec x) { /* round to nearest even; a NaN stays a NaN */
+    __m512i bits = _mm512_castps_si512(x);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+    _mm256_storeu_si256((void *)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+}
+
+/* scalef saturates to 0 and infinity by itself */
+INLINE vec vexp2_range(vec x) { return x; }
+INLINE vec vround(vec x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE vec vscale(vec p, vec integer) { return _mm512_scalef_ps(p, integer); }
+
+INLINE float vsum(vec x) { return _mm512_reduce_add_ps(x); }
+
+#elif defined(__AVX2__) && defined(__FMA__)
+
+#define LANES 8
+typedef __m256 vec;
+
+INLINE vec vset(float x) { return _mm256_set1_ps(x); }
+INLINE vec vload(const float *p) { return _mm256_loadu_ps(p); }
+INLINE void vstore(float *p, vec x) { _mm256_storeu_ps(p, x); }
+INLINE vec vfma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE vec vmax(vec a, vec b) { return _mm256_max_ps(a, b); }
+INLINE vec vabs(vec x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
+INLINE vec vselect_nonnegative(vec x, vec a, vec b) {
+    return _mm256_blendv_ps(b, a, _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_GE_OQ));
+}
+
+INLINE vec vload_bf16(const uint16_t *p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p)), 16));
+}
+
+INLINE void vstore_bf16(uint16_t *p, vec x) {
+    __m256i bits = _mm256_castps_si256(x);
+    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    rounded = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan), 16);
+    __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0x08);
+    _mm_storeu_si128((void *)p, _mm256_castsi256_si128(packed));
+}
+
+/* The exponent is added as an integer and must stay normal: results outside [2^-126, 2^127] saturate there.
+ * Operands are ordered so that a NaN passes through. */
+INLINE vec vexp2_range(vec x) {
+    return _mm256_min_ps(_mm256_set1_ps(127.0f), _mm256_max_ps(_mm256_set1_ps(-126.0f), x));
+}
+INLINE vec vround(vec x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE vec vscale(vec p, vec integer) {
+    __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(integer), 23);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), exponent));
+}
+
+INLINE float vsum(vec x) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+#else
+#error "compile this file for AVX-512 (F, BW, DQ, VL) or for AVX2 and FMA"
+#endif
+
+#define LOG2E 1.44269504088896341f
+
+/* 2^x: x = i + r with |r| <= 1/2, and 2^r = 1 + r q(r), q of degree 4, fitted for the least relative error
+ * (9.2e-8). The constant term is exactly 1: decays close to 1 compound over thousands of steps, so the error
+ * has to vanish at 0. */
+INLINE vec vexp2(vec x) {
+    x = vexp2_range(x);
+    vec i = vround(x), r = x - i;
+    vec q = vfma(r, vset(1.3264726863e-3f), vset(9.67151266306e-3f));
+    q = vfma(q, r, vset(5.55073374436e-2f));
+    q = vfma(q, r, vset(2.40222420849e-1f));
+    q = vfma(q, r, vset(6.93146977598e-1f));
+    return vscale(vfma(q, r, vset(1.0f)), i);
+}
+
+/* log(1 + w) for w in [0, 1] as 2 atanh(s), s = w / (2 + w) <= 1/3; relative error 4e-9 before rounding,
+ * also for tiny w, where softplus of a very negative number lives */
+INLINE vec vlog1p(vec w) {
+    vec s = w / (w + vset(2.0f)), s2 = s * s;
+    vec p = vfma(s2, vset(2.81783351048e-1f), vset(2.79606027088e-1f));
+    p = vfma(p, s2, vset(4.00249102855e-1f));
+    p = vfma(p, s2, vset(6.66663146819e-1f));
+    return s * vfma(p, s2, vset(2.00000000792f));
+}
+
+/* exp(-|x|), from which softplus and the sigmoid are computed without overflow on either side */
+INLINE vec vexp_minus_abs(vec x) { return vexp2(vabs(x) * vset(-LOG2E)); }
+INLINE vec vsoftplus(vec x, vec exp_minus_abs) { return vmax(x, vset(0.0f)) + vlog1p(exp_minus_abs); }
+INLINE vec vsigmoid(vec x, vec exp_minus_abs) {
+    return vselect_nonnegative(x, vset(1.0f), exp_minus_abs) / (exp_minus_abs + vset(1.0f));
+}
+
+/* Rows hold float or bfloat16; count < LANES only in the last vector of a row. */
+INLINE vec vload_row(const void *base, int64_t dtype, int64_t offset, int64_t count) {
+    if (dtype == ZS_F32) {
+        const float *p = (const float *)base + offset;
+        if (__builtin_expect(count >= LANES, 1)) return vload(p);
+        float tail[LANES] = {0};
+        memcpy(tail, p, (size_t)count * sizeof *p);
+        return vload(tail);
+    }
+    const uint16_t *p = (const uint16_t *)base + offset;
+    if (__builtin_expect(count >= LANES, 1)) return vload_bf16(p);
+    uint16_t tail[LANES] = {0};
+    memcpy(tail, p, (size_t)count * sizeof *p);
+    return vload_bf16(tail);
+}
+
+INLINE void vstore_row(void *base, int64_t dtype, int64_t offset, int64_t count, vec x) {
+    if (dtype == ZS_F32) {
+        float *p = (float *)base + offset, tail[LANES];
+        if (__builtin_expect(count >= LANES, 1)) {
+            vstore(p, x);
+        } else {
+            vstore(tail, x);
+            memcpy(p, tail, (size_t)count * sizeof *p);
+        }
+        return;
+    }
+    uint16_t *p = (uint16_t *)base + offset, tail[LANES];
+    if (__builtin_expect(count >= LANES, 1)) {
+        vstore_bf16(p, x);
+    } else {
+        vstore_bf16(tail, x);
+        memcpy(p, tail, (size_t)count * sizeof *p);
+    }
+}
+
+#endif

@@ -1,0 +1,9 @@
+"""The selective scan of Mamba (Gu and Dao, arXiv 2312.00752, algorithm 2) under any token order.
+
+One operator, several backends behind one signature; `dispatch` picks one by device and says once which and why.
+"""
+
+from .dispatch import available_backends
+from .operator import ordered_conv1d_silu, selective_scan, selective_scan_gathered
+
+__all__ = ["available_backends", "ordered_conv1d_silu", "selective_scan", "selective_scan_gathered"]

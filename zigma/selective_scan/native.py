@@ -1,0 +1,208 @@
+"""The selective scan on the CPU by the native kernel (native/kernels.c): torch tensors in, C structures out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import native_library, reference
+from .native_library import ConvArgs, NativeLibrary, NativeUnavailable, Rows, ScanArgs
+
+_DTYPES = {torch.float32: native_library.FLOAT32, torch.bfloat16: native_library.BFLOAT16}
+
+
+def unavailable() -> str | None:
+    try:
+        native_library.load()
+    except NativeUnavailable as error:
+        return str(error)
+    return None
+
+
+def unsupported(*tensors: Tensor | None) -> str | None:
+    for t in tensors:
+        if t is None:
+            continue
+        if t.device.type != "cpu":
+            return f"works on the CPU, not on {t.device}"
+        if t.dtype not in _DTYPES:
+            return f"takes float32 and bfloat16, not {t.dtype}"
+    return None
+
+
+def describe() -> str:
+    return native_library.load().instruction_set
+
+
+def scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, order, gathered) -> Tensor:
+    """Arguments as in `operator.selective_scan`; gathered: u, delta, B and C are in scan order already."""
+    return _Scan.apply(u, delta, A, B, C, D, z, delta_bias, delta_softplus, None if gathered else order, order)
+
+
+def conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor | None, order: Tensor | None) -> Tensor:
+    """Arguments as in `operator.ordered_conv1d_silu`; weight (d, k)."""
+    return _Conv.apply(x, weight, bias, order)
+
+
+def _dense_rows(t: Tensor | None) -> Tensor | None:
+    """t itself if its last dimension is contiguous, which is all the kernel asks for; else a copy."""
+    return t if t is None or t.shape[-1] <= 1 or t.stride(-1) == 1 else t.contiguous()
+
+
+def _rows(t: Tensor | None) -> Rows:
+    return Rows() if t is None else Rows(t.data_ptr(), t.stride(0), t.stride(1), _DTYPES[t.dtype])
+
+
+def _pointer(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
+
+
+def _contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def scan_forward(
+    library: NativeLibrary, u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_order, output_order, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The output and, if `keep`, the states that `scan_backward` starts from (opaque, float32).
+
+    The kernel reads u, delta, B, C at rows input_order and reads z and writes the output at rows output_order.
+    """
+    (b, l, d), n = u.shape, A.shape[1]
+    u, delta, B, C, z = (_dense_rows(t) for t in (u, delta, B, C, z))
+    A, D, delta_bias, input_order, output_order = (
+        _contiguous(t) for t in (A, D, delta_bias, input_order, output_order)
+    )
+    out = u.new_empty(b, l, d)
+    states = A.new_empty(library.checkpoint_floats(b, l, d, n)) if keep else None
+    if out.numel() == 0:
+        return out, states
+    args = _scan_args(u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_order, output_order, states)
+    args.out = _rows(out)
+    library.call("scan_forward", args)
+    return out, states
+
+
+def scan_backward(
+    library: NativeLibrary, d_out, u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_order, output_order, states
+) -> tuple[Tensor | None, ...]:
+    """Gradients for u, delta, A, B, C, D, z, delta_bias, each in its input's dtype; None for absent inputs."""
+    (b, l, d), n = u.shape, A.shape[1]
+    u, delta, B, C, z, d_out = (_dense_rows(t) for t in (u, delta, B, C, z, d_out))
+    A, D, delta_bias, input_order, output_order = (
+        _contiguous(t) for t in (A, D, delta_bias, input_order, output_order)
+    )
+    d_u, d_delta, d_A, d_B, d_C = (t.new_empty(t.shape) for t in (u, delta, A, B, C))
+    d_D, d_z, d_bias = (None if t is None else t.new_empty(t.shape) for t in (D, z, delta_bias))
+    grads = (d_u, d_delta, d_A, d_B, d_C, d_D, d_z, d_bias)
+    if b * l * d * n == 0:
+        for t in grads:
+            if t is not None:
+                t.zero_()
+        return grads
+    args = _scan_args(u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_order, output_order, states)
+    args.d_out, args.d_u, args.d_delta, args.d_B, args.d_C, args.d_z = (
+        _rows(t) for t in (d_out, d_u, d_delta, d_B, d_C, d_z)
+    )
+    args.d_A, args.d_D, args.d_delta_bias = (_pointer(t) for t in (d_A, d_D, d_bias))
+    library.call("scan_backward", args)
+    return grads
+
+
+def _scan_args(u, delta, A, B, C, D, z, bias, delta_softplus, input_order, output_order, states) -> ScanArgs:
+    args = ScanArgs(*u.shape, A.shape[1], int(delta_softplus), torch.get_num_threads())
+    args.input_order, args.output_order = _pointer(input_order), _pointer(output_order)
+    args.A, args.D, args.delta_bias = _pointer(A), _pointer(D), _pointer(bias)
+    args.u, args.delta, args.B, args.C, args.z = (_rows(t) for t in (u, delta, B, C, z))
+    args.checkpoints = _pointer(states)
+    return args
+
+
+def conv_forward(library: NativeLibrary, x: Tensor, weight: Tensor, bias, order) -> Tensor:
+    """SiLU of the depthwise causal convolution along `order`; x raster, result in scan order."""
+    x, weight, bias, order = _dense_rows(x), _contiguous(weight), _contiguous(bias), _contiguous(order)
+    out = x.new_empty(x.shape)
+    if out.numel():
+        args = _conv_args(x, weight, bias, order)
+        args.out = _rows(out)
+        library.call("conv_forward", args)
+    return out
+
+
+def conv_backward(library: NativeLibrary, d_out, x, weight, bias, order) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients for x, weight and bias."""
+    d_out, x = _dense_rows(d_out), _dense_rows(x)
+    weight, bias, order = _contiguous(weight), _contiguous(bias), _contiguous(order)
+    d_x, d_weight = x.new_empty(x.shape), weight.new_zeros(weight.shape)
+    d_bias = None if bias is None else bias.new_zeros(bias.shape)
+    if d_x.numel():
+        args = _conv_args(x, weight, bias, order)
+        args.d_out, args.d_x = _rows(d_out), _rows(d_x)
+        args.d_weight, args.d_bias = _pointer(d_weight), _pointer(d_bias)
+        library.call("conv_backward", args)
+    return d_x, d_weight, d_bias
+
+
+def _conv_args(x, weight, bias, order) -> ConvArgs:
+    args = ConvArgs(*x.shape, weight.shape[1], torch.get_num_threads())
+    args.order, args.weight, args.bias = _pointer(order), _pointer(weight), _pointer(bias)
+    args.x = _rows(x)
+    return args
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_order, output_order):
+        inputs = (u, delta, A, B, C, D, z, delta_bias)
+        keep = any(ctx.needs_input_grad)
+        library = native_library.load()
+        out, states = scan_forward(library, *inputs, delta_softplus, input_order, output_order, keep)
+        ctx.delta_softplus = delta_softplus
+        if keep:
+            ctx.save_for_backward(*inputs, input_order, output_order, states)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        *inputs, input_order, output_order, states = ctx.saved_tensors
+        library = native_library.load()
+        grads = scan_backward(library, d_out, *inputs, ctx.delta_softplus, input_order, output_order, states)
+        return *grads, None, None, None
+
+
+class _Conv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, order):
+        ctx.save_for_backward(x, weight, bias, order)
+        return conv_forward(native_library.load(), x, weight, bias, order)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        return *conv_backward(native_library.load(), d_out, *ctx.saved_tensors), None
+
+
+def self_test(library: NativeLibrary) -> str | None:
+    """A small problem, forward and backward, against the reference; what went wrong, or None."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+        generator = torch.Generator().manual_seed(0)
+        b, l, d, n = 2, 19, 21, 16
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator)
+
+        u, delta, z, B, C = draw(b, l, d), draw(b, l, d), draw(b, l, d), draw(b, l, n), draw(b, l, n)
+        inputs = (u, delta, -draw(d, n).exp(), B, C, draw(d), z, draw(d))
+        order, d_out = torch.randperm(l, generator=generator), draw(b, l, d)
+        out, states = scan_forward(library, *inputs, True, order, order, True)
+        grads = scan_backward(library, d_out, *inputs, True, order, order, states)
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        expected = reference.scan(*leaves, True, order, gathered=False)
+        wanted = torch.autograd.grad(expected, leaves, d_out)
+        for got, want in zip((out, *grads), (expected.detach(), *wanted), strict=True):
+            error = (got - want).abs().max() / want.abs().max()
+            if not error < 1e-4:
+                return f"relative error {float(error):.1e} against the reference"
+    return None

@@ -1,0 +1,145 @@
+"""Loading of the native kernel: one shared library with a plain C interface (native/scan.h), no torch ABI.
+
+The library is checked when it is first used, not at import: the file, its ABI version, an instruction set this CPU
+has, and a small problem against the reference. Any failure becomes one sentence with a remedy.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import sys
+import threading
+from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int64, c_void_p
+from pathlib import Path
+
+ABI_VERSION = 1
+FLOAT32, BFLOAT16 = 0, 1
+OK, BAD_ORDER, NO_MEMORY, UNSUPPORTED = range(4)
+MAX_STATES, MAX_CONV_WIDTH = 256, 16
+REBUILD = "restore the file from the project's repository or rebuild it with `python native/build.py`"
+
+
+class Rows(Structure):
+    """zs_rows: a (b, l, width) tensor with a contiguous last dimension; strides in elements."""
+
+    _fields_ = (
+        ("data", c_void_p),
+        ("batch_stride", c_int64),
+        ("row_stride", c_int64),
+        ("dtype", c_int64),
+    )
+
+
+class ScanArgs(Structure):
+    """zs_scan_args."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("batch", "length", "channels", "states", "delta_softplus", "threads")),
+        *((name, c_void_p) for name in ("input_order", "output_order", "A", "D", "delta_bias")),
+        *((name, Rows) for name in ("u", "delta", "B", "C", "z", "out")),
+        ("checkpoints", c_void_p),
+        *((name, Rows) for name in ("d_out", "d_u", "d_delta", "d_B", "d_C", "d_z")),
+        *((name, c_void_p) for name in ("d_A", "d_D", "d_delta_bias")),
+    )
+
+
+class ConvArgs(Structure):
+    """zs_conv_args."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("batch", "length", "channels", "width", "threads")),
+        *((name, c_void_p) for name in ("order", "weight", "bias")),
+        *((name, Rows) for name in ("x", "out", "d_out", "d_x")),
+        *((name, c_void_p) for name in ("d_weight", "d_bias")),
+    )
+
+
+class NativeUnavailable(RuntimeError):
+    """The native library cannot be used; the message says why and what to do."""
+
+
+class NativeLibrary:
+    """The loaded library. `instruction_set` names the variant in use: "avx512" or "avx2"."""
+
+    def __init__(self, path: Path):
+        try:
+            self._library = ctypes.CDLL(str(path))
+            version = self._bind("zs_abi_version", [])()
+        except (OSError, AttributeError) as error:
+            raise NativeUnavailable(f"{path} cannot be loaded ({error}); {REBUILD}") from error
+        if version != ABI_VERSION:
+            raise NativeUnavailable(f"{path} has interface version {version}, expected {ABI_VERSION}; {REBUILD}")
+        self._instruction_set = self._bind("zs_instruction_set", [c_char_p], c_char_p)
+        self._checkpoint_floats = self._bind("zs_checkpoint_floats", [c_char_p, *[c_int64] * 4])
+        self._exp2 = self._bind("zs_exp2", [c_char_p, POINTER(c_float), POINTER(c_float), c_int64])
+        scan, conv = [c_char_p, POINTER(ScanArgs)], [c_char_p, POINTER(ConvArgs)]
+        self._calls = {
+            "scan_forward": self._bind("zs_scan_forward", scan),
+            "scan_backward": self._bind("zs_scan_backward", scan),
+            "conv_forward": self._bind("zs_conv_forward", conv),
+            "conv_backward": self._bind("zs_conv_backward", conv),
+        }
+        if not self.instruction_sets():
+            raise NativeUnavailable("this CPU lacks AVX2 and FMA; nothing to do but use another machine")
+        self.instruction_set = self.instruction_sets()[0]
+
+    def _bind(self, name: str, argtypes: list, restype=c_int64):
+        function = getattr(self._library, name)
+        function.argtypes, function.restype = argtypes, restype
+        return function
+
+    def instruction_sets(self) -> tuple[str, ...]:
+        """The variants this CPU runs, widest first."""
+        return tuple(name for name in ("avx512", "avx2") if self._instruction_set(name.encode()) is not None)
+
+    def checkpoint_floats(self, b: int, l: int, d: int, n: int) -> int:
+        return self._checkpoint_floats(self.instruction_set.encode(), b, l, d, n)
+
+    def call(self, name: str, args: ScanArgs | ConvArgs) -> None:
+        status = self._calls[name](self.instruction_set.encode(), byref(args))
+        if status == BAD_ORDER:
+            raise ValueError(f"selective scan: the token order is not a permutation of 0 to {args.length - 1}")
+        if status == NO_MEMORY:
+            raise MemoryError(f"selective scan: no memory for the workspace of {name}; use a smaller batch")
+        if status != OK:
+            raise RuntimeError(f"selective scan: native {name} returned status {status}; {REBUILD}")
+
+
+def library_path() -> Path:
+    """Where the built library for this platform lies. Raises NativeUnavailable where none is built."""
+    system, machine = sys.platform, platform.machine().lower()
+    if system != "linux" or machine not in ("x86_64", "amd64"):
+        raise NativeUnavailable(f"it is built for Linux x86-64, not for {system} {machine}")
+    return Path(__file__).parent / "lib" / "zigma_scan-linux-x86_64.so"
+
+
+_lock = threading.Lock()
+_loaded: NativeLibrary | NativeUnavailable | None = None
+
+
+def load() -> NativeLibrary:
+    """The library, loaded and tested on first use. Raises NativeUnavailable, each time the same."""
+    global _loaded
+    if _loaded is None:
+        with _lock:
+            if _loaded is None:
+                try:
+                    _loaded = _open(library_path())
+                except NativeUnavailable as error:
+                    _loaded = error
+    if isinstance(_loaded, NativeUnavailable):
+        raise _loaded
+    return _loaded
+
+
+def _open(path: Path) -> NativeLibrary:
+    if not path.is_file():
+        raise NativeUnavailable(f"{path} is missing; {REBUILD}")
+    library = NativeLibrary(path)
+    from .native import self_test
+
+    error = self_test(library)
+    if error is not None:
+        raise NativeUnavailable(f"{path} failed its self-test ({error}); {REBUILD}")
+    return library

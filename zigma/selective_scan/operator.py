@@ -1,0 +1,173 @@
+"""The operator's public signature: checks of shapes and orders, then one backend.
+
+Glossary: b batch, l length (tokens), d channels, n states per channel, k convolution width.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor
+
+from .dispatch import select_backend
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = True,
+    order: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Selective state space scan over tokens read in `order`; everything is given and returned in raster order.
+
+    With dt = softplus(delta + delta_bias), step k of every channel computes::
+
+        s_k = exp(dt_k A) * s_{k-1} + dt_k B_k u_k,    y_k = <s_k, C_k> + D u_k,    out_k = y_k * silu(z_k)
+
+    (Gu and Dao, arXiv 2312.00752, equations 2 and 4 with their simplified discretisation of B). The result with an
+    order o equals the operator on inputs gathered by o, gathered back by argsort(o).
+
+    Args:
+        u, delta: (b, l, d), float32 or bfloat16 (float16 and float64 on the torch backend).
+        A: (d, n); D, delta_bias: (d,) or None. Taken as float32, like the state.
+        B, C: (b, l, n).
+        z: (b, l, d) gate, or None for no gate.
+        order: (l,) LongTensor, order[k] = raster index of the token read at step k; None is raster order.
+        backend: "native", "torch" or "reference"; None picks by device.
+
+    Returns:
+        (b, l, d) in the dtype of u.
+
+    Raises:
+        ValueError: shapes that do not fit, an order that is not a permutation of l tokens, an unknown backend.
+        RuntimeError: a backend was asked for by name and cannot run.
+    """
+    _check_scan(u, delta, A, B, C, D, z, delta_bias)
+    _check_order(order, u)
+    module = select_backend(backend, u, delta, B, C, z)
+    A, D, delta_bias = _parameters(u, A, D, delta_bias)
+    return module.scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, order, gathered=False)
+
+
+def selective_scan_gathered(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = True,
+    order: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """`selective_scan` for u, delta, B and C that are already in scan order; z and the result are in raster order.
+
+    What the Mamba mixer calls after `ordered_conv1d_silu`: the gather of z and the scatter of the result happen
+    inside the kernel. Shapes, dtypes and errors as in `selective_scan`.
+    """
+    _check_scan(u, delta, A, B, C, D, z, delta_bias)
+    _check_order(order, u)
+    module = select_backend(backend, u, delta, B, C, z)
+    A, D, delta_bias = _parameters(u, A, D, delta_bias)
+    return module.scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, order, gathered=True)
+
+
+def ordered_conv1d_silu(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, order: Tensor | None = None, backend: str | None = None
+) -> Tensor:
+    """SiLU of a depthwise causal convolution over the tokens read in `order`.
+
+    out[:, t] = silu(bias + sum_j weight[:, j] * x[:, order[t - (k - 1) + j]]), with zeros before the first token.
+
+    Args:
+        x: (b, l, d) in raster order; any row stride, so half of a wider projection needs no copy.
+        weight: (d, 1, k) as in a depthwise nn.Conv1d, or (d, k).
+        bias: (d,) or None.
+        order, backend: as in `selective_scan`.
+
+    Returns:
+        (b, l, d) in scan order, in the dtype of x.
+
+    Raises:
+        ValueError, RuntimeError: as in `selective_scan`.
+    """
+    _check("x", x, "(b, l, d)", (None, None, None))
+    if weight.ndim == 3:
+        _check("weight", weight, "(d, 1, k) or (d, k)", (x.shape[2], 1, None))
+        weight = weight.squeeze(1)
+    _check("weight", weight, "(d, 1, k) or (d, k)", (x.shape[2], None))
+    if bias is not None:
+        _check("bias", bias, "(d,)", (x.shape[2],))
+    _check_order(order, x)
+    module = select_backend(backend, x)
+    weight, bias = (_parameter(x, t) for t in (weight, bias))
+    return module.conv1d_silu(x, weight, bias, order)
+
+
+def _check_scan(u, delta, A, B, C, D, z, delta_bias) -> None:
+    _check("u", u, "(b, l, d)", (None, None, None))
+    b, l, d = u.shape
+    _check("A", A, "(d, n)", (d, None))
+    n = A.shape[1]
+    _check("delta", delta, "(b, l, d)", (b, l, d))
+    _check("B", B, "(b, l, n)", (b, l, n))
+    _check("C", C, "(b, l, n)", (b, l, n))
+    for name, t, form, shape in (
+        ("D", D, "(d,)", (d,)),
+        ("z", z, "(b, l, d)", (b, l, d)),
+        ("delta_bias", delta_bias, "(d,)", (d,)),
+    ):
+        if t is not None:
+            _check(name, t, form, shape)
+    for name, t in (("delta", delta), ("A", A), ("B", B), ("C", C), ("D", D), ("z", z), ("delta_bias", delta_bias)):
+        if t is not None and t.device != u.device:
+            raise ValueError(f"selective scan: {name} is on {t.device} and u on {u.device}; move them to one device")
+
+
+def _check(name: str, t: Tensor, form: str, shape: tuple[int | None, ...]) -> None:
+    if t.ndim == len(shape) and all(want is None or got == want for got, want in zip(t.shape, shape, strict=True)):
+        return
+    expected = "(" + ", ".join("any" if size is None else str(size) for size in shape) + ")"
+    raise ValueError(f"selective scan: {name} has shape {tuple(t.shape)}, expected {form} = {expected}")
+
+
+_checked_orders: dict[int, tuple[weakref.ref, int]] = {}
+
+
+def _check_order(order: Tensor | None, u: Tensor) -> None:
+    """The full check sorts the order, so a tensor found good is remembered until it changes or goes away."""
+    if order is None:
+        return
+    if order.dtype != torch.long or order.ndim != 1 or len(order) != u.shape[1]:
+        raise ValueError(
+            f"selective scan: the token order is {order.dtype} of shape {tuple(order.shape)}, "
+            f"expected an int64 permutation of {u.shape[1]} tokens"
+        )
+    if order.device != u.device:
+        raise ValueError(f"selective scan: the token order is on {order.device}, move it to {u.device} beside u")
+    version = -1 if order.is_inference() else order._version
+    known = _checked_orders.get(id(order))
+    if known is not None and known[0]() is order and known[1] == version >= 0:
+        return
+    if not torch.equal(order.sort().values, torch.arange(len(order), device=order.device)):
+        raise ValueError(f"selective scan: the token order is not a permutation of 0 to {len(order) - 1}")
+    key = id(order)
+    _checked_orders[key] = (weakref.ref(order, lambda _: _checked_orders.pop(key, None)), version)
+
+
+def _parameter(u: Tensor, t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.to(torch.float64 if u.dtype == torch.float64 else torch.float32)
+
+
+def _parameters(u: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(_parameter(u, t) for t in tensors)

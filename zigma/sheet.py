@@ -15,11 +15,12 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["draw_order", "enlarge", "labelled_sheet", "save_picture", "to_pictures"]
+__all__ = ["draw_order", "enlarge", "labelled_sheet", "picture_format", "save_picture", "to_pictures"]
 
 INK, FAINT_INK, HAIRLINE, PAPER = (38, 41, 46), (120, 124, 130), (226, 229, 233), (255, 255, 255)
 # A path's colour from its first token to its last: dark blue, teal, green, yellow (after viridis; light means late).
 PATH_COLOURS = ((68, 33, 116), (48, 103, 141), (38, 160, 134), (122, 202, 80), (236, 212, 40))
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 OVERSAMPLING = 4  # Pillow draws lines without anti-aliasing: draw larger, then shrink.
 
 
@@ -132,18 +133,27 @@ def draw_order(order: torch.Tensor, height: int, width: int, *, size: int = 240)
     return sheet.reduce(OVERSAMPLING)
 
 
-def save_picture(picture: Image.Image, path: str | os.PathLike[str]) -> Path:
-    """Write the picture whole or not at all, as its suffix says (.png, .jpg, .webp), and make its folder if needed.
+def picture_format(path: Path) -> str:
+    """The name by which Pillow knows the format that the path's suffix stands for.
 
     Raises:
-        ValueError: for a suffix that names no picture format.
+        ValueError: for any other suffix than those of FORMATS.
+    """
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(f"got the picture's name {str(path)!r}, but expected one that ends in {', '.join(FORMATS)}")
+    return FORMATS[path.suffix.lower()]
+
+
+def save_picture(picture: Image.Image, path: str | os.PathLike[str]) -> Path:
+    """Write the picture whole or not at all, in the format that its suffix says, and make its folder if needed.
+
+    Raises:
+        ValueError: for any other suffix than those of FORMATS.
         OSError: when the folder or the file cannot be written.
     """
     path = Path(path)
-    if path.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"{path} does not end in the name of a picture format: use .png")
     encoded = io.BytesIO()
-    picture.save(encoded, Image.registered_extensions()[path.suffix.lower()])
+    picture.save(encoded, picture_format(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".part")
     unfinished.write_bytes(encoded.getvalue())

@@ -1,0 +1,155 @@
+"""From prompts to pictures without a host: noise, guided velocity, solver, decoder.
+
+What picture i of a prompt looks like depends on the model, the prompt, the seed and the settings, and on nothing else
+that is asked for beside it: the noise of a prompt's pictures is one draw of shape (count, channels, height, width)
+from a CPU generator, as ComfyUI draws it for an empty latent of that batch size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from .checkpoint import Bundle
+from .guidance import classifier_free
+from .solvers import ODE_SOLVERS, solve_ode
+
+__all__ = ["SamplingSettings", "sample"]
+
+Progress = Callable[[int, int], None]  # (steps done, of how many): the latter is 0 where the solver chooses them
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingSettings:
+    """How to integrate: a file's own settings stand in its metadata under "zigma.sampling".
+
+    Attributes:
+        steps: intervals of the time grid; dopri5 chooses its own and ignores this.
+        solver: one of solvers.ODE_SOLVERS.
+        guidance: scale of classifier-free guidance; 1 is none.
+    """
+
+    steps: int = 30
+    solver: str = "heun"
+    guidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+            raise ValueError(f"got {self.steps!r} steps, but expected a whole number from 1")
+        if self.solver not in ODE_SOLVERS:
+            raise ValueError(f"got the solver {self.solver!r}, but expected one of {', '.join(ODE_SOLVERS)}")
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str]) -> SamplingSettings:
+        """The settings that a file recommends, and this class's defaults for what it leaves open."""
+        stated = json.loads(metadata.get("zigma.sampling", "{}"))
+        return cls(**{field.name: stated[field.name] for field in dataclasses.fields(cls) if field.name in stated})
+
+
+@torch.no_grad()
+def sample(
+    bundle: Bundle,
+    prompts: Sequence[str] | Sequence[int] | None = None,
+    *,
+    count: int = 1,
+    seed: int = 0,
+    settings: SamplingSettings | None = None,
+    negative: str = "",
+    batch_size: int = 8,
+    progress: Progress | None = None,
+) -> torch.Tensor:
+    """Draw `count` pictures for each prompt.
+
+    Args:
+        bundle: what `load_bundle` returns.
+        prompts: texts for a text model, labels for a class model, None for a model without conditions. The empty text
+            is the trained null condition.
+        count: pictures for each prompt.
+        seed: of the noise, the same for every prompt.
+        settings: None takes those that the file recommends.
+        negative: the text that guidance leads away from.
+        batch_size: pictures computed at once: a matter of speed and memory, of the result only with dopri5, whose
+            error control looks at a batch as a whole.
+        progress: called as progress(done, total) before each step and at the end.
+
+    Returns:
+        (len(prompts) * count, 3, H, W) float32 on the CPU, in [-1, 1], the pictures of a prompt one after another.
+
+    Raises:
+        ValueError: for prompts that the model cannot take, a file that lacks a part, or impossible settings.
+    """
+    settings = settings or SamplingSettings.from_metadata(bundle.metadata)
+    if count < 1 or batch_size < 1:
+        raise ValueError(f"got count {count} and batch size {batch_size}, but expected at least 1 of each")
+    if not bundle.latent.pixel_space and bundle.autoencoder is None:
+        raise ValueError("the file carries no autoencoder to decode its latents: use it in ComfyUI beside a VAE")
+    condition, null = _conditions(bundle, prompts, negative, settings.guidance)
+    noise = initial_noise(bundle, count, seed)
+    if condition is not None:
+        noise, condition = noise.repeat(len(condition), 1, 1, 1), condition.repeat_interleave(count, dim=0)
+
+    starts, done = range(0, len(noise), batch_size), 0
+    total = 0 if settings.solver == "dopri5" else len(starts) * settings.steps
+
+    def on_step(*_) -> None:
+        nonlocal done
+        if progress is not None:
+            progress(done, total)
+        done += 1
+
+    pictures = []
+    for start in starts:
+        part = slice(start, start + batch_size)
+        y = None if condition is None else condition[part]
+        velocity = classifier_free(bundle.model, y, null, settings.guidance)
+        latents = solve_ode(velocity, noise[part], settings.steps, settings.solver, callback=on_step)
+        pictures.append(_decode(bundle, latents).float().cpu())
+    if progress is not None:
+        progress(done, done)
+    return torch.cat(pictures)
+
+
+def initial_noise(bundle: Bundle, count: int, seed: int) -> torch.Tensor:
+    """Standard normal latents (count, channels, height, width) on the model's device, drawn on the CPU."""
+    shape = (count, bundle.model.config.in_channels, *bundle.model.config.img_dim)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(next(bundle.model.parameters()).device)
+
+
+def _conditions(
+    bundle: Bundle, prompts: Sequence[str] | Sequence[int] | None, negative: str, guidance: float
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(condition of each prompt, null condition), as the model takes them."""
+    config = bundle.model.config
+    device = next(bundle.model.parameters()).device
+    if config.conditioning == "none":
+        if prompts is not None or negative:
+            raise ValueError("got prompts, but this model takes no condition: leave them out")
+        if guidance != 1:
+            raise ValueError(f"got guidance {guidance:g}, but this model takes no condition to guide by: set it to 1")
+        return None, None
+    if not prompts:
+        wanted = "a text" if config.conditioning == "text" else f"a label from 0 to {config.num_classes - 1}"
+        raise ValueError(f"got no prompts, but this model takes {wanted} for each picture: give at least one")
+    if config.conditioning == "class":
+        if guidance != 1:
+            raise ValueError(f"got guidance {guidance:g}, but this class model has no null label: set guidance to 1")
+        if not all(isinstance(label, int) and 0 <= label < config.num_classes for label in prompts):
+            raise ValueError(f"got the labels {list(prompts)}, but expected numbers from 0 to {config.num_classes - 1}")
+        return torch.tensor(prompts, device=device), None
+    if bundle.text_encoder is None:
+        raise ValueError(
+            f"the file carries no text encoder: its model takes text features of width {config.d_context} from another "
+            "one, which ComfyUI can load"
+        )
+    return bundle.text_encoder.encode(list(prompts)), bundle.text_encoder.encode([negative])
+
+
+def _decode(bundle: Bundle, latents: torch.Tensor) -> torch.Tensor:
+    """Latents of the model (b, c, h, w) -> images (b, 3, H, W) in [-1, 1]."""
+    if bundle.latent.pixel_space:
+        return latents.clamp(-1, 1)
+    return bundle.autoencoder.decode(latents / bundle.latent.scale + bundle.latent.shift)

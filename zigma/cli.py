@@ -93,7 +93,7 @@ def _parser() -> Parser:
 
     order = command("scan-order", scan_order_command, "Print a token order, or draw it.")
     order.add_argument("kind", help="zigzag, hilbert, ...; an unknown one lists them all")
-    order.add_argument("--index", type=int, default=0, help="which variant (default: %(default)s)")
+    order.add_argument("--index", type=int, help="which variant (default: the first eight)")
     order.add_argument("--height", type=int, default=8, help="of the grid, in tokens (default: %(default)s)")
     order.add_argument("--width", type=int, default=8, help="of the grid, in tokens (default: %(default)s)")
     order.add_argument("--seed", type=int, default=0, help="of the kind random (default: %(default)s)")
@@ -185,21 +185,25 @@ def scan_order_command(options: argparse.Namespace) -> None:
     """The step at which each token is read, as the grid; or the path as a picture."""
     import torch
 
-    from .scan_orders import count_jumps, inverse_order, scan_order
-    from .sheet import draw_order, save_picture
+    from .scan_orders import available_orders, count_jumps, inverse_order, scan_order
+    from .sheet import draw_order, labelled_sheet, save_picture
 
     generator = torch.Generator().manual_seed(options.seed)
-    height, width = options.height, options.width
-    order = scan_order(options.kind, options.index, height=height, width=width, generator=generator)
+    kind, height, width = options.kind, options.height, options.width
+    indices = [options.index] if options.index is not None else range(min(8, available_orders().get(kind, 1)))
+    orders = [scan_order(kind, index, height=height, width=width, generator=generator) for index in indices]
     if options.png:
-        print(save_picture(draw_order(order, height, width), options.png))
+        drawings = [draw_order(order, height, width) for order in orders]
+        names = [f"{kind} {index}" for index in indices]
+        print(save_picture(drawings[0] if len(drawings) == 1 else labelled_sheet(drawings, names), options.png))
         return
     digits = len(str(height * width - 1))
-    print(f"{options.kind} {options.index} on {height} x {width} tokens: the step at which each is read")
-    for row in inverse_order(order).view(height, width).tolist():
-        print("  " + " ".join(f"{step:{digits}d}" for step in row))
-    print(f"order: {' '.join(map(str, order.tolist()))}")
-    print(f"jumps: {count_jumps(order, width)}")
+    for index, order in zip(indices, orders, strict=True):
+        print(f"{kind} {index} on {height} x {width} tokens: the step at which each is read")
+        for row in inverse_order(order).view(height, width).tolist():
+            print("  " + " ".join(f"{step:{digits}d}" for step in row))
+        print(f"order: {' '.join(map(str, order.tolist()))}")
+        print(f"jumps: {count_jumps(order, width)}")
 
 
 def doctor_command(options: argparse.Namespace) -> None:

@@ -23,8 +23,9 @@ OUTPUT = HERE.parent / "zigma" / "selective_scan" / "lib" / "zigma_scan-linux-x8
 ZIG_VERSION = "0.17.1"
 
 COMMON = (
-    "-O3 -std=gnu11 -fPIC -g0 -fvisibility=hidden -ffp-contract=off -fno-math-errno -Wall -Wextra -Werror"
-).split()
+    *("-O3", "-std=gnu11", "-fPIC", "-g0", "-fvisibility=hidden", "-ffp-contract=off"),
+    *("-Wall", "-Wextra", "-Werror"),
+)
 # (object, source, flags)
 UNITS = (
     ("kernels_avx512.o", "kernels.c", ("-march=x86-64-v4", "-mprefer-vector-width=512", "-DVARIANT=zs_kernels_avx512")),
@@ -51,8 +52,8 @@ def build(output: Path, compiler: list[str]) -> None:
     """Compiles and links `output`. Raises subprocess.CalledProcessError when the compiler fails."""
     with tempfile.TemporaryDirectory() as folder:
         for name, source, flags in UNITS:
-            if "ziglang" in compiler:  # which spells the levels of x86-64 with underscores
-                flags = [flag.replace("-", "_").replace("_march", "-march") if "x86-64" in flag else flag for flag in flags]
+            if "ziglang" in compiler:  # which spells the levels of the architecture its own way
+                flags = [flag.replace("x86-64-v", "x86_64_v").replace("x86-64", "x86_64") for flag in flags]
             # Relative source names: no folder of this machine gets into the file.
             subprocess.run([*compiler, *COMMON, *flags, "-c", source, "-o", f"{folder}/{name}"], cwd=HERE, check=True)
         objects = [name for name, _, _ in UNITS]

@@ -7,7 +7,6 @@
 #include "kernels.h"
 #include "simd.h"
 
-#define BLOCK LANES /* states kept in registers at a time: 16 of 32 registers, or 8 of 16 */
 
 INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -40,6 +39,11 @@ INLINE vec load_row(const zs_rows *t, int64_t batch, int64_t row, int64_t channe
 }
 INLINE void store_row(const zs_rows *t, int64_t batch, int64_t row, int64_t channel, int64_t count, vec x) {
     vstore_row(t->data, t->dtype, row_offset(t, batch, row) + channel, count, x);
+}
+
+/* Rows are read in order of the walk and a vector at a time, which no hardware prefetcher follows. */
+INLINE void prefetch_row(const zs_rows *t, int64_t batch, int64_t row, int64_t channel) {
+    if (t->data) vprefetch((const char *)t->data + ((row_offset(t, batch, row) + channel) << (t->dtype == ZS_F32 ? 2 : 1)));
 }
 
 static float bf16_to_float(uint16_t x) {
@@ -78,6 +82,8 @@ INLINE vec step_size(const zs_scan_args *a, vec raw, vec *slope) {
     return vsoftplus(raw, e);
 }
 
+INLINE void add8(float *to, __m256 x) { _mm256_storeu_ps(to, _mm256_loadu_ps(to) + x); }
+
 /* s_k = exp(dt_k A) s_{k-1} + dt_k B_k u_k and y_k += <s_k, C_k>, over one chunk of one vector of channels and
  * BLOCK of its n states. */
 INLINE void recur(int64_t n, int64_t steps, const float *A, const float *B, const float *C, const float *dt,
@@ -86,7 +92,7 @@ INLINE void recur(int64_t n, int64_t steps, const float *A, const float *B, cons
     for (int64_t i = 0; i < BLOCK; i++) s[i] = vload(state + i * LANES);
     for (int64_t k = 0; k < steps; k++) {
         vec t = vload(dt + k * LANES), x = vload(dtu + k * LANES), sum[2] = {vload(y + k * LANES), vset(0.0f)};
-#pragma GCC unroll 16
+#pragma GCC unroll 8
         for (int64_t i = 0; i < BLOCK; i++) {
             s[i] = vfma(vexp2(t * vload(A + i * LANES)), s[i], x * vset(B[k * n + i]));
             sum[i & 1] = vfma(s[i], vset(C[k * n + i]), sum[i & 1]);
@@ -103,6 +109,9 @@ static void forward_vector(const scan_job *job, const place *p, int64_t channel,
     float dt[CHUNK * LANES], dtu[CHUNK * LANES], y[CHUNK * LANES] = {0};
     vec bias = load_channels(a->delta_bias, channel, count), D = load_channels(a->D, channel, count);
     for (int64_t k = 0; k < p->steps; k++) {
+        prefetch_row(&a->delta, p->batch, p->in[k], channel + LANES);
+        prefetch_row(&a->u, p->batch, p->in[k], channel + LANES);
+        prefetch_row(&a->z, p->batch, p->out[k], channel + LANES);
         vec t = step_size(a, load_row(&a->delta, p->batch, p->in[k], channel, count) + bias, NULL);
         vstore(dt + k * LANES, t);
         vstore(dtu + k * LANES, t * load_row(&a->u, p->batch, p->in[k], channel, count));
@@ -144,157 +153,166 @@ static void scan_forward(const scan_job *job, int64_t batch, int64_t unit, float
     }
 }
 
-/* The recurrence of `recur` again, keeping every decay exp(dt_k A) and state: decay[k][n], states[k + 1][n]. */
+/* The recurrence of `recur` again, for BLOCK states, keeping what backward needs of every step:
+ *   decays: exp(dt_k A),  decayed: exp(dt_k A) s_{k-1},  both [step][BLOCK]
+ * and adding dC_k = sum over channels of dy_k s_k to dC. */
 INLINE void recompute(int64_t n, int64_t steps, const float *A, const float *B, const float *C, const float *dt,
-                      const float *dtu, const float *state, float *decays, float *states, float *y) {
+                      const float *dtu, const float *dy, const float *state, float *decays, float *decayed,
+                      float *y, float *dC) {
     vec s[BLOCK];
-    for (int64_t i = 0; i < BLOCK; i++) {
-        s[i] = vload(state + i * LANES);
-        vstore(states + i * LANES, s[i]);
-    }
+    for (int64_t i = 0; i < BLOCK; i++) s[i] = vload(state + i * LANES);
     for (int64_t k = 0; k < steps; k++) {
-        vec t = vload(dt + k * LANES), x = vload(dtu + k * LANES), sum[2] = {vload(y + k * LANES), vset(0.0f)};
-#pragma GCC unroll 16
+        vec t = vload(dt + k * LANES), x = vload(dtu + k * LANES), d = vload(dy + k * LANES);
+        vec sum[2] = {vload(y + k * LANES), vset(0.0f)}, to_sum[BLOCK];
+#pragma GCC unroll 8
         for (int64_t i = 0; i < BLOCK; i++) {
             vec decay = vexp2(t * vload(A + i * LANES));
-            vstore(decays + (k * n + i) * LANES, decay);
-            s[i] = vfma(decay, s[i], x * vset(B[k * n + i]));
-            vstore(states + ((k + 1) * n + i) * LANES, s[i]);
+            vstore(decays + (k * BLOCK + i) * LANES, decay);
+            s[i] = decay * s[i];
+            vstore(decayed + (k * BLOCK + i) * LANES, s[i]);
+            s[i] = vfma(x, vset(B[k * n + i]), s[i]);
             sum[i & 1] = vfma(s[i], vset(C[k * n + i]), sum[i & 1]);
+            to_sum[i] = d * s[i];
         }
         vstore(y + k * LANES, sum[0] + sum[1]);
+        add8(dC + k * n, vsum8(to_sum));
     }
 }
 
 /* Backward through one chunk, g = dL/ds carried towards earlier steps:
  *   g_k = dy_k C_k + exp(dt_{k+1} A) g_{k+1},   h_k = g_k exp(dt_k A) s_{k-1}
- *   dB_k += g_k dt_k u_k,  dC_k += dy_k s_k  (kept per lane here; summed over channels by the caller)
+ *   dB_k += sum over channels of g_k dt_k u_k
  *   gB_k += <g_k, B_k>,  hA_k += <h_k, A>,  dA += dt_k h_k
- * On entry and exit `g` holds exp(dt A) g of the later step. A is scaled by log2(e), and so is hA. */
+ * On entry and exit `carry` is exp(dt A) g of the later step. A is scaled by log2(e), and so is hA. */
 INLINE void recur_backward(int64_t n, int64_t steps, const float *A, const float *B, const float *C,
                            const float *dt, const float *dtu, const float *dy, const float *decays,
-                           const float *states, float *g, float *dA, float *dB, float *dC, float *gB, float *hA) {
+                           const float *decayed, float *carry, float *dA, float *dB, float *gB, float *hA) {
+    vec g[BLOCK], sum_dA[BLOCK];
+    for (int64_t i = 0; i < BLOCK; i++) {
+        g[i] = vload(carry + i * LANES);
+        sum_dA[i] = vload(dA + i * LANES);
+    }
     for (int64_t k = steps - 1; k >= 0; k--) {
-        vec t = vload(dt + k * LANES), x = vload(dtu + k * LANES), d = vload(dy + k * LANES);
+        vec t = vload(dt + k * LANES), x = vload(dtu + k * LANES), d = vload(dy + k * LANES), to_sum[BLOCK];
         vec sum_gB = vload(gB + k * LANES), sum_hA = vload(hA + k * LANES);
-#pragma GCC unroll 16
+#pragma GCC unroll 8
         for (int64_t i = 0; i < BLOCK; i++) {
-            int64_t at = (k * n + i) * LANES;
-            vec gi = vfma(d, vset(C[k * n + i]), vload(g + i * LANES));
-            vstore(dB + at, vfma(gi, x, vload(dB + at)));
-            vstore(dC + at, vfma(d, vload(states + at + n * LANES), vload(dC + at)));
-            sum_gB = vfma(gi, vset(B[k * n + i]), sum_gB);
-            gi = gi * vload(decays + at);
-            vstore(g + i * LANES, gi);
-            vec h = gi * vload(states + at);
+            g[i] = vfma(d, vset(C[k * n + i]), g[i]);
+            to_sum[i] = g[i] * x;
+            sum_gB = vfma(g[i], vset(B[k * n + i]), sum_gB);
+            vec h = g[i] * vload(decayed + (k * BLOCK + i) * LANES);
+            g[i] = g[i] * vload(decays + (k * BLOCK + i) * LANES);
             sum_hA = vfma(h, vload(A + i * LANES), sum_hA);
-            vstore(dA + i * LANES, vfma(t, h, vload(dA + i * LANES)));
+            sum_dA[i] = vfma(t, h, sum_dA[i]);
         }
         vstore(gB + k * LANES, sum_gB);
         vstore(hA + k * LANES, sum_hA);
+        add8(dB + k * n, vsum8(to_sum));
+    }
+    for (int64_t i = 0; i < BLOCK; i++) {
+        vstore(carry + i * LANES, g[i]);
+        vstore(dA + i * LANES, sum_dA[i]);
     }
 }
 
+/* One vector of channels over one chunk. All arrays [step][LANES]. */
 typedef struct {
-    float *B, *C, *dB, *dC, *g, *decays, *states;
-} backward_space;
+    float u[CHUNK * LANES], dt[CHUNK * LANES], slope[CHUNK * LANES], dtu[CHUNK * LANES], dy[CHUNK * LANES];
+    float y[CHUNK * LANES], gB[CHUNK * LANES], hA[CHUNK * LANES];
+    float decays[CHUNK * BLOCK * LANES], decayed[CHUNK * BLOCK * LANES];
+} backward_steps;
 
-/* Gradient through y = (<s, C> + D u) silu(z): writes d_z, leaves dL/d<s, C> in dy; returns sum dy u for D. */
-INLINE vec gate_backward(const zs_scan_args *a, const place *p, int64_t channel, int64_t count, const float *u,
-                         const float *y, float *dy) {
-    vec D = load_channels(a->D, channel, count), dD = vset(0.0f);
+INLINE void load_steps(const scan_job *job, const place *p, int64_t channel, int64_t count, backward_steps *w) {
+    const zs_scan_args *a = job->args;
+    vec bias = load_channels(a->delta_bias, channel, count);
     for (int64_t k = 0; k < p->steps; k++) {
-        vec uk = vload(u + k * LANES), d = load_row(&a->d_out, p->batch, p->out[k], channel, count);
+        vec slope, u = load_row(&a->u, p->batch, p->in[k], channel, count);
+        vec dt = step_size(a, load_row(&a->delta, p->batch, p->in[k], channel, count) + bias, &slope);
+        vec dy = load_row(&a->d_out, p->batch, p->out[k], channel, count);
         if (a->z.data) {
             vec z = load_row(&a->z, p->batch, p->out[k], channel, count);
-            vec gate = vsigmoid(z, vexp_minus_abs(z)), full = vfma(D, uk, vload(y + k * LANES));
-            vec slope = gate * vfma(z, vset(1.0f) - gate, vset(1.0f));
-            if (a->d_z.data) store_row(&a->d_z, p->batch, p->out[k], channel, count, d * full * slope);
-            d = d * z * gate;
+            dy = dy * z * vsigmoid(z, vexp_minus_abs(z));
         }
-        vstore(dy + k * LANES, d);
-        dD = vfma(d, uk, dD);
+        vstore(w->u + k * LANES, u);
+        vstore(w->dt + k * LANES, dt);
+        vstore(w->slope + k * LANES, slope);
+        vstore(w->dtu + k * LANES, dt * u);
+        vstore(w->dy + k * LANES, dy);
     }
-    return dD;
+    memset(w->y, 0, sizeof w->y);
+    memset(w->gB, 0, sizeof w->gB);
+    memset(w->hA, 0, sizeof w->hA);
 }
 
-static void backward_vector(const scan_job *job, const place *p, int64_t channel, int64_t count,
-                            int64_t chunk, const backward_space *w, float *g) {
+/* out = (<s, C> + D u) silu(z): the gradient of z. */
+INLINE void gate_backward(const zs_scan_args *a, const place *p, int64_t channel, int64_t count, vec D,
+                          const backward_steps *w) {
+    for (int64_t k = 0; k < p->steps; k++) {
+        vec z = load_row(&a->z, p->batch, p->out[k], channel, count), gate = vsigmoid(z, vexp_minus_abs(z));
+        vec y = vfma(D, vload(w->u + k * LANES), vload(w->y + k * LANES));
+        vec dz = load_row(&a->d_out, p->batch, p->out[k], channel, count) * y * gate;
+        store_row(&a->d_z, p->batch, p->out[k], channel, count, dz * vfma(z, vset(1.0f) - gate, vset(1.0f)));
+    }
+}
+
+static void backward_vector(const scan_job *job, const place *p, int64_t channel, int64_t count, int64_t chunk,
+                            const float *B, const float *C, float *dB, float *dC, float *carry, backward_steps *w) {
     const zs_scan_args *a = job->args;
     const int64_t n = job->states, at = p->batch * job->padded + channel;
     const float *A = job->A_packed + channel * n;
     const float *start = a->checkpoints + checkpoint_offset(job, p->batch, chunk, channel);
-    float u[CHUNK * LANES], dt[CHUNK * LANES], slope[CHUNK * LANES], dtu[CHUNK * LANES], y[CHUNK * LANES] = {0};
-    float dy[CHUNK * LANES], gB[CHUNK * LANES] = {0}, hA[CHUNK * LANES] = {0};
-    vec bias = load_channels(a->delta_bias, channel, count);
-    for (int64_t k = 0; k < p->steps; k++) {
-        vec s, uk = load_row(&a->u, p->batch, p->in[k], channel, count);
-        vec t = step_size(a, load_row(&a->delta, p->batch, p->in[k], channel, count) + bias, &s);
-        vstore(u + k * LANES, uk);
-        vstore(dt + k * LANES, t);
-        vstore(slope + k * LANES, s);
-        vstore(dtu + k * LANES, t * uk);
+    float *dA = job->A_partial + at * n;
+    load_steps(job, p, channel, count, w);
+    for (int64_t i = 0; i < n; i += BLOCK) {
+        const int64_t b = i * LANES;
+        recompute(n, p->steps, A + b, B + i, C + i, w->dt, w->dtu, w->dy, start + b, w->decays, w->decayed, w->y, dC + i);
+        recur_backward(n, p->steps, A + b, B + i, C + i, w->dt, w->dtu, w->dy, w->decays, w->decayed, carry + b, dA + b,
+                       dB + i, w->gB, w->hA);
     }
-    for (int64_t i = 0; i < n; i += BLOCK)
-        recompute(n, p->steps, A + i * LANES, w->B + i, w->C + i, dt, dtu, start + i * LANES,
-                  w->decays + i * LANES, w->states + i * LANES, y);
-    vec dD = gate_backward(a, p, channel, count, u, y, dy), dbias = vset(0.0f), D = load_channels(a->D, channel, count);
-    for (int64_t i = 0; i < n; i += BLOCK)
-        recur_backward(n, p->steps, A + i * LANES, w->B + i, w->C + i, dt, dtu, dy, w->decays + i * LANES,
-                       w->states + i * LANES, g + i * LANES, job->A_partial + at * n + i * LANES,
-                       w->dB + i * LANES, w->dC + i * LANES, gB, hA);
+    vec D = load_channels(a->D, channel, count), dD = vset(0.0f), dbias = vset(0.0f);
+    if (a->d_z.data) gate_backward(a, p, channel, count, D, w);
     for (int64_t k = 0; k < p->steps; k++) {
-        vec uk = vload(u + k * LANES), b = vload(gB + k * LANES);
-        vec du = vfma(D, vload(dy + k * LANES), vload(dt + k * LANES) * b);
-        vec ddelta = vfma(vload(hA + k * LANES), vset(1.0f / LOG2E), uk * b) * vload(slope + k * LANES);
+        vec u = vload(w->u + k * LANES), gB = vload(w->gB + k * LANES), dy = vload(w->dy + k * LANES);
+        vec du = vfma(D, dy, vload(w->dt + k * LANES) * gB);
+        vec ddelta = vfma(vload(w->hA + k * LANES), vset(1.0f / LOG2E), u * gB) * vload(w->slope + k * LANES);
         store_row(&a->d_u, p->batch, p->in[k], channel, count, du);
         store_row(&a->d_delta, p->batch, p->in[k], channel, count, ddelta);
         dbias = dbias + ddelta;
+        dD = vfma(dy, u, dD);
     }
     vstore(job->D_partial + at, vload(job->D_partial + at) + dD);
     vstore(job->bias_partial + at, vload(job->bias_partial + at) + dbias);
 }
 
-/* Sums dB and dC over the unit's channels into its own slot of BC_partial. */
-static void reduce_chunk(const scan_job *job, const place *p, int64_t unit, const backward_space *w) {
-    const int64_t n = job->args->states, padded = job->states;
-    float *to = job->BC_partial + ((p->batch * job->units + unit) * job->args->length + p->start) * 2 * n;
-    for (int64_t k = 0; k < p->steps; k++, to += 2 * n)
-        for (int64_t i = 0; i < n; i++) {
-            to[i] = vsum(vload(w->dB + (k * padded + i) * LANES));
-            to[n + i] = vsum(vload(w->dC + (k * padded + i) * LANES));
-        }
-}
-
 static void scan_backward(const scan_job *job, int64_t batch, int64_t unit, float *workspace) {
     const zs_scan_args *a = job->args;
-    const int64_t n = job->states, sheet = CHUNK * n * LANES;
-    backward_space w = {.g = workspace};
-    w.decays = w.g + UNIT_CHANNELS * n;
-    w.states = w.decays + sheet;
-    w.dB = w.states + sheet + n * LANES;
-    w.dC = w.dB + sheet;
-    w.B = w.dC + sheet;
-    w.C = w.B + CHUNK * n;
+    const int64_t n = job->states, rows = CHUNK * n;
+    float *B = workspace, *C = B + rows, *dB = C + rows, *dC = dB + rows, *carry = dC + rows;
+    backward_steps *steps = (backward_steps *)(carry + UNIT_CHANNELS * n);
     place p = enter_unit(job, batch, unit);
-    memset(w.g, 0, (size_t)(p.vectors * LANES * n) * sizeof(float));
+    memset(carry, 0, (size_t)(p.vectors * LANES * n) * sizeof(float));
     for (int64_t chunk = job->chunks - 1; chunk >= 0; chunk--) {
         enter_chunk(&p, a, chunk);
-        load_chunk(job, &a->B, &p, w.B);
-        load_chunk(job, &a->C, &p, w.C);
-        memset(w.dB, 0, (size_t)(2 * sheet) * sizeof(float));
+        load_chunk(job, &a->B, &p, B);
+        load_chunk(job, &a->C, &p, C);
+        memset(dB, 0, (size_t)(2 * rows) * sizeof(float));
         for (int64_t v = 0; v < p.vectors; v++) {
-            int64_t channel = p.first + v * LANES, count = a->channels - channel;
-            backward_vector(job, &p, channel, count, chunk, &w, w.g + v * LANES * n);
+            int64_t channel = p.first + v * LANES;
+            backward_vector(job, &p, channel, a->channels - channel, chunk, B, C, dB, dC, carry + v * LANES * n, steps);
         }
-        reduce_chunk(job, &p, unit, &w);
+        /* the unit's own slot: units are added up afterwards, in their order */
+        float *to = job->BC_partial + ((batch * job->units + unit) * a->length + p.start) * 2 * a->states;
+        for (int64_t k = 0; k < p.steps; k++, to += 2 * a->states) {
+            memcpy(to, dB + k * n, (size_t)a->states * sizeof(float));
+            memcpy(to + a->states, dC + k * n, (size_t)a->states * sizeof(float));
+        }
     }
 }
 
 static int64_t scan_workspace(const scan_job *job, int backward) {
     const int64_t n = job->states;
-    int64_t shared = UNIT_CHANNELS * n + 2 * CHUNK * n;
-    return backward ? shared + (4 * CHUNK + 1) * n * LANES : shared;
+    if (!backward) return UNIT_CHANNELS * n + 2 * CHUNK * n;
+    return UNIT_CHANNELS * n + 4 * CHUNK * n + (int64_t)(sizeof(backward_steps) / sizeof(float));
 }
 
 /* ---- gather + depthwise causal convolution + SiLU ---- */
@@ -375,7 +393,6 @@ const zs_kernels VARIANT = {
     .name = "avx2",
 #endif
     .lanes = LANES,
-    .block = BLOCK,
     .scan_workspace = scan_workspace,
     .scan_forward = scan_forward,
     .scan_backward = scan_backward,

@@ -6,7 +6,8 @@
 
 #include "scan.h"
 
-enum { UNIT_CHANNELS = 128, CHUNK = 16 };
+/* CHUNK steps between checkpoints; BLOCK states of a channel are in registers at a time. */
+enum { UNIT_CHANNELS = 128, CHUNK = 16, BLOCK = 8 };
 
 typedef struct {
     const zs_scan_args *args;
@@ -27,7 +28,7 @@ typedef struct {
 
 typedef struct {
     const char *name;
-    int64_t lanes, block;  /* channels per vector, states per block */
+    int64_t lanes; /* channels per vector */
     int64_t (*scan_workspace)(const scan_job *, int backward);  /* floats per thread */
     void (*scan_forward)(const scan_job *, int64_t batch, int64_t unit, float *workspace);
     void (*scan_backward)(const scan_job *, int64_t batch, int64_t unit, float *workspace);

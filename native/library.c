@@ -161,7 +161,7 @@ static int open_scan(scan_run *run, const zs_scan_args *a, const char *instructi
                       .units = units_of(a->channels),
                       .chunks = (a->length + CHUNK - 1) / CHUNK,
                       .padded = round_up(a->channels, lanes),
-                      .states = round_up(a->states, run->kernels->block)};
+                      .states = round_up(a->states, BLOCK)};
     job->A_packed = zeros(job->padded * job->states);
     if (!job->A_packed) return ZS_NO_MEMORY;
     for (int64_t c = 0; c < a->channels; c++)
@@ -180,7 +180,7 @@ EXPORT int64_t zs_checkpoint_floats(const char *instruction_set, int64_t batch, 
     const zs_kernels *kernels = find_kernels(instruction_set);
     if (!kernels) return -1;
     return batch * ((length + CHUNK - 1) / CHUNK) * round_up(channels, kernels->lanes) *
-           round_up(states, kernels->block);
+           round_up(states, BLOCK);
 }
 
 EXPORT int64_t zs_scan_forward(const char *instruction_set, const zs_scan_args *a) {

@@ -1,9 +1,9 @@
 """Builds the native selective scan: `python native/build.py` (or `make native`).
 
-Writes zigma/selective_scan/lib/zigma_scan-linux-x86_64.so, the file that is committed. It holds an AVX-512 and an
-AVX2 variant of the kernels and picks one at run time. The compiler is the Zig toolchain from PyPI (`pip install
-ziglang==0.17.1`), which brings its own libc headers: the result runs with any glibc from 2.17 on, and the same
-source gives the same bytes on every machine and in every folder.
+Writes zigma/selective_scan/lib/zigma_scan-linux-x86_64.so and its checksum, the files that are committed. The library
+holds an AVX-512 and an AVX2 variant of the kernels and picks one at run time. The compiler is the Zig toolchain from
+PyPI (`pip install ziglang==0.17.1`), which brings its own libc headers: the result runs with any glibc from 2.17 on,
+and the same source gives the same bytes on every machine and in every folder.
 
 `--compiler gcc` (or clang) builds with that compiler instead, for experiments; such a build is not reproducible.
 """
@@ -11,6 +11,7 @@ source gives the same bytes on every machine and in every folder.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import shutil
 import subprocess
 import sys
@@ -64,6 +65,8 @@ def build(output: Path, compiler: list[str]) -> None:
         partial = output.with_suffix(".partial")
         shutil.copyfile(Path(folder) / "zigma_scan.so", partial)
         partial.replace(output)
+        checksum = hashlib.sha256(output.read_bytes()).hexdigest()
+        output.with_name(output.name + ".sha256").write_text(f"{checksum}  {output.name}\n", newline="\n")
 
 
 def main() -> None:

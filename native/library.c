@@ -41,6 +41,8 @@ static const zs_kernels *find_kernels(const char *name) {
 
 EXPORT int64_t zs_abi_version(void) { return ZS_ABI_VERSION; }
 
+EXPORT int64_t zs_structure_size(int64_t which) { return which ? sizeof(zs_conv_args) : sizeof(zs_scan_args); }
+
 EXPORT const char *zs_instruction_set(const char *name) {
     const zs_kernels *kernels = find_kernels(name);
     return kernels ? kernels->name : NULL;

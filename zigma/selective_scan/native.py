@@ -86,8 +86,19 @@ def scan_forward(
 
 def scan_backward(
     library: NativeLibrary,
-    d_out, u, delta, A, B, C, D, z, delta_bias,
-    delta_softplus, input_order, output_order, states,
+    d_out,
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D,
+    z,
+    delta_bias,
+    delta_softplus,
+    input_order,
+    output_order,
+    states,
 ) -> tuple[Tensor | None, ...]:
     """Gradients for u, delta, A, B, C, D, z, delta_bias, each in its input's dtype; None for absent inputs."""
     (b, l, d), n = u.shape, A.shape[1]

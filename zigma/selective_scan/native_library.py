@@ -7,11 +7,14 @@ has, and a small problem against the reference. Any failure becomes one sentence
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import platform
 import sys
 import threading
-from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int64, c_void_p
+from ctypes import POINTER, Structure, byref, c_char_p, c_int64, c_void_p
 from pathlib import Path
+
+from torch import Tensor
 
 ABI_VERSION = 1
 FLOAT32, BFLOAT16 = 0, 1
@@ -72,7 +75,8 @@ class NativeLibrary:
             raise NativeUnavailable(f"{path} has interface version {version}, expected {ABI_VERSION}; {REBUILD}")
         self._instruction_set = self._bind("zs_instruction_set", [c_char_p], c_char_p)
         self._checkpoint_floats = self._bind("zs_checkpoint_floats", [c_char_p, *[c_int64] * 4])
-        self._exp2 = self._bind("zs_exp2", [c_char_p, POINTER(c_float), POINTER(c_float), c_int64])
+        self._exp2 = self._bind("zs_exp2", [c_char_p, c_void_p, c_void_p, c_int64])
+        self._structure_size = self._bind("zs_structure_size", [c_int64])
         scan, conv = [c_char_p, POINTER(ScanArgs)], [c_char_p, POINTER(ConvArgs)]
         self._calls = {
             "scan_forward": self._bind("zs_scan_forward", scan),
@@ -81,7 +85,7 @@ class NativeLibrary:
             "conv_backward": self._bind("zs_conv_backward", conv),
         }
         if not self.instruction_sets():
-            raise NativeUnavailable("this CPU lacks AVX2 and FMA; nothing to do but use another machine")
+            raise NativeUnavailable("this CPU has no AVX2 and FMA; use one of the last ten years for its speed")
         self.instruction_set = self.instruction_sets()[0]
 
     def _bind(self, name: str, argtypes: list, restype=c_int64):
@@ -95,6 +99,14 @@ class NativeLibrary:
 
     def checkpoint_floats(self, b: int, l: int, d: int, n: int) -> int:
         return self._checkpoint_floats(self.instruction_set.encode(), b, l, d, n)
+
+    def structure_sizes(self) -> tuple[int, int]:
+        """Bytes of zs_scan_args and zs_conv_args as the library was compiled."""
+        return self._structure_size(0), self._structure_size(1)
+
+    def exp2(self, instruction_set: str, x: Tensor, y: Tensor) -> None:
+        """y = 2^x by the kernel's own exponential; contiguous float32. For the test of its accuracy."""
+        self._exp2(instruction_set.encode(), x.data_ptr(), y.data_ptr(), x.numel())
 
     def call(self, name: str, args: ScanArgs | ConvArgs) -> None:
         status = self._calls[name](self.instruction_set.encode(), byref(args))
@@ -112,6 +124,11 @@ def library_path() -> Path:
     if system != "linux" or machine not in ("x86_64", "amd64"):
         raise NativeUnavailable(f"it is built for Linux x86-64, not for {system} {machine}")
     return Path(__file__).parent / "lib" / "zigma_scan-linux-x86_64.so"
+
+
+def checksum_path(library: Path) -> Path:
+    """The file with the library's SHA-256, in the format of sha256sum."""
+    return library.with_name(library.name + ".sha256")
 
 
 _lock = threading.Lock()
@@ -136,6 +153,11 @@ def load() -> NativeLibrary:
 def _open(path: Path) -> NativeLibrary:
     if not path.is_file():
         raise NativeUnavailable(f"{path} is missing; {REBUILD}")
+    # Before loading: the loader maps a truncated file without a word and the process dies at the first missing page.
+    checksum = checksum_path(path)
+    expected = checksum.read_text().split()[:1] if checksum.is_file() else None
+    if expected != [hashlib.sha256(path.read_bytes()).hexdigest()]:
+        raise NativeUnavailable(f"{path} does not match {checksum.name}; {REBUILD}")
     library = NativeLibrary(path)
     from .native import self_test
 

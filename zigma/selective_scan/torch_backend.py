@@ -89,7 +89,11 @@ class _Recurrence(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
-        dt, x, A, B, C, *starts = ctx.saved_tensors
+        with torch.autocast(dy.device.type, enabled=False):  # backward may run under the caller's autocast
+            return _Recurrence._gradients(dy, *ctx.saved_tensors)
+
+    @staticmethod
+    def _gradients(dy: Tensor, dt: Tensor, x: Tensor, A: Tensor, B: Tensor, C: Tensor, *starts: Tensor):
         steps = [t.transpose(0, 1) for t in (dt, x, B, C, dy)]
         dA, carry, grads = torch.zeros_like(A), None, []
         for chunk in reversed(range(len(starts))):

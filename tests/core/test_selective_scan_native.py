@@ -1,0 +1,205 @@
+"""The native library itself: loading and its failures, threads, forks, accuracy, reproducible build."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import ctypes
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from zigma.selective_scan import available_backends, dispatch, native, native_library, selective_scan
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def library():
+    try:
+        return native_library.load()
+    except native_library.NativeUnavailable as error:
+        pytest.skip(f"NOT TESTED: the native kernel: {error}")
+
+
+def draw_inputs(b, l, d, n, requires_grad=False):
+    g = torch.Generator().manual_seed(0)
+    shapes = ((b, l, d), (b, l, d), (d, n), (b, l, n), (b, l, n), (d,), (b, l, d), (d,))
+    tensors = [torch.randn(shape, generator=g) for shape in shapes]
+    tensors[2] = -tensors[2].exp()
+    return [t.requires_grad_(requires_grad) for t in tensors]
+
+
+def output_and_gradients(inputs):
+    out = selective_scan(*inputs, backend="native")
+    return out.detach(), *torch.autograd.grad(out, inputs, torch.ones_like(out))
+
+
+def test_number_of_threads_does_not_change_a_bit(library):
+    inputs = draw_inputs(3, 64, 300, 16, requires_grad=True)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(output_and_gradients(inputs))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_several_python_threads_at_once(library):
+    inputs = draw_inputs(2, 64, 140, 16, requires_grad=True)
+    want = output_and_gradients(inputs)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: output_and_gradients(inputs), range(12)))
+    for got in results:
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="NOT TESTED: fork, which this system lacks")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_computes_the_same(library):
+    """A data loader forks after the parent has used its threads; the child must neither hang nor differ."""
+    inputs, before = draw_inputs(3, 64, 300, 16), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        want = selective_scan(*inputs, backend="native").numpy().tobytes()
+        child = os.fork()
+        if child == 0:  # only the kernel and bytes: torch's own threads do not survive a fork
+            same = selective_scan(*inputs, backend="native").numpy().tobytes() == want
+            os._exit(0 if same else 1)
+        deadline = time.monotonic() + 30
+        while (finished := os.waitpid(child, os.WNOHANG))[0] == 0:
+            if time.monotonic() > deadline:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                pytest.fail("the forked child hangs")
+            time.sleep(0.01)
+    finally:
+        torch.set_num_threads(before)
+    assert os.waitstatus_to_exitcode(finished[1]) == 0
+
+
+@pytest.mark.parametrize("instruction_set", ["avx512", "avx2"])
+def test_exponential(library, instruction_set):
+    """Relative error below two units in the last place, exact at integers, zero or tiny below the range."""
+    if instruction_set not in library.instruction_sets():
+        pytest.skip(f"NOT TESTED: {instruction_set}, which this CPU lacks")
+
+    def exp2(x):
+        x, y = x.float().contiguous(), torch.empty(x.numel())
+        library.exp2(instruction_set, x, y)
+        return y
+
+    x = torch.cat((torch.linspace(-125.9, 126.9, 400_001), -torch.logspace(-9, 0, 100_001)))
+    exact = torch.exp2(x.double())
+    error = (exp2(x).double() - exact) / exact
+    assert error.abs().max() < 2e-7
+    assert error.mean().abs() < 2e-8
+    integers = torch.arange(-126, 127).float()
+    assert torch.equal(exp2(integers), torch.exp2(integers))
+    assert exp2(torch.tensor([-127.5, -1000.0, -1e30])).max() <= 2.0**-126
+    assert exp2(torch.tensor([128.0, 1e30])).min() >= 2.0**127
+    assert exp2(torch.tensor([torch.nan])).isnan().all()
+
+
+def test_the_kernel_refuses_an_order_by_itself(library):
+    """The last guard against an index out of bounds, should a caller come past the checks."""
+    u, delta, A, B, C, D, z, bias = draw_inputs(1, 8, 4, 2)
+    for bad in ([0, 1, 2, 3, 4, 5, 6, 8], [0, 1, 2, 3, 4, 5, 6, 6], [-1, 1, 2, 3, 4, 5, 6, 7]):
+        order = torch.tensor(bad)
+        with pytest.raises(ValueError, match="not a permutation of 0 to 7"):
+            native.scan_forward(library, u, delta, A, B, C, D, z, bias, True, None, order, keep=False)
+        with pytest.raises(ValueError, match="not a permutation of 0 to 7"):
+            native.conv_forward(library, u, torch.ones(4, 4), None, order)
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "one byte", "another library", "checksum"])
+def test_a_damaged_library_falls_back_to_torch_and_says_so(damage, tmp_path, monkeypatch, caplog):
+    try:
+        original = native_library.library_path()
+    except native_library.NativeUnavailable as error:
+        pytest.skip(f"NOT TESTED: damaged libraries: {error}")
+    data, path = bytearray(original.read_bytes()), tmp_path / original.name
+    checksum = native_library.checksum_path(original).read_text()
+    native_library.checksum_path(path).write_text(checksum.upper()[:-9] if damage == "checksum" else checksum)
+    if damage == "one byte":
+        data[len(data) // 2] ^= 1
+    contents = {"empty": b"", "truncated": data[: len(data) // 2], "another library": b"\x7fELF not this one"}
+    if damage != "missing":
+        path.write_bytes(contents.get(damage, data))
+    monkeypatch.setattr(native_library, "library_path", lambda: path)
+    monkeypatch.setattr(native_library, "_loaded", None)
+    monkeypatch.setattr(dispatch, "_said", set())
+    monkeypatch.delenv("ZIGMA_SCAN_BACKEND", raising=False)
+    inputs = draw_inputs(1, 9, 5, 4)
+    with caplog.at_level(logging.INFO, logger="zigma.selective_scan"):
+        results = [selective_scan(*inputs) for _ in range(2)]
+    assert torch.equal(results[0], selective_scan(*inputs, backend="torch"))
+    (record,) = [r for r in caplog.records if "asked for" not in r.getMessage()]
+    assert record.levelno == logging.WARNING
+    assert str(path) in record.getMessage()
+    assert "python native/build.py" in record.getMessage()
+    assert available_backends() == ("torch", "reference")
+    with pytest.raises(RuntimeError, match=r"'native' .* cannot run: .* rebuild it"):
+        selective_scan(*inputs, backend="native")
+
+
+def test_another_platform_falls_back_to_torch(monkeypatch):
+    monkeypatch.setattr(native_library, "_loaded", None)
+    monkeypatch.setattr(native_library.platform, "machine", lambda: "riscv64")
+    assert "riscv64" in native.unavailable()
+    assert "native" not in available_backends()
+
+
+def test_a_wrong_result_fails_the_self_test(library, monkeypatch):
+    monkeypatch.setattr(native_library, "_loaded", None)
+    forward = native.scan_forward
+
+    def off(*arguments):
+        out, states = forward(*arguments)
+        return out * 1.001, states
+
+    monkeypatch.setattr(native, "scan_forward", off)
+    assert "failed its self-test" in native.unavailable()
+
+
+def test_nothing_is_loaded_at_import():
+    code = (
+        "import ctypes, sys; loaded = []; real = ctypes.CDLL.__init__\n"
+        "def spy(self, name, *a, **k): loaded.append(str(name)); real(self, name, *a, **k)\n"
+        "import torch; ctypes.CDLL.__init__ = spy; import zigma.selective_scan\n"
+        "sys.exit(any('zigma' in name for name in loaded))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
+
+
+def test_structures_have_the_size_of_the_interface(library):
+    """Field by field the two sides must agree; the C side states its sizes."""
+    assert library.structure_sizes() == (ctypes.sizeof(native_library.ScanArgs), ctypes.sizeof(native_library.ConvArgs))
+
+
+def test_the_committed_library_is_what_the_source_builds(tmp_path):
+    spec = importlib.util.spec_from_file_location("native_build", ROOT / "native" / "build.py")
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    try:
+        version = importlib.metadata.version("ziglang")
+    except importlib.metadata.PackageNotFoundError:
+        version = None
+    if version != build.ZIG_VERSION:
+        pytest.skip(f"NOT TESTED: reproducible build, needs ziglang=={build.ZIG_VERSION}, found {version}")
+    build.build(tmp_path / build.OUTPUT.name, build.zig_compiler())
+    assert (tmp_path / build.OUTPUT.name).read_bytes() == build.OUTPUT.read_bytes(), (
+        "native/ has changed: run `python native/build.py` and commit the result"
+    )

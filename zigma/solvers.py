@@ -6,8 +6,9 @@
 SiT is arXiv 2401.08740; its w is twice ours and its time runs the other way. Both equations have the same marginals
 p_t for every w >= 0. A velocity is any callable v(x, t) with x (b, ...), t (b,); conditions and guidance live in it.
 
-States are updated, never collected: memory does not depend on the number of steps. Whatever a velocity or a callback
-raises comes out unchanged, so raising is how a caller cancels.
+States are updated, never collected: memory does not depend on the number of steps. A half precision state is shown to
+the velocity as such but summed in float32. Whatever a velocity or a callback raises comes out unchanged, so raising is
+how a caller cancels.
 """
 
 import math
@@ -106,13 +107,18 @@ def _time(t: float | Tensor, x: Tensor) -> Tensor:
     return torch.full((len(x),), t, dtype=dtype, device=x.device)
 
 
-def _field(velocity: Velocity, x0: Tensor) -> Callable[[Tensor, float | Tensor], Tensor]:
-    """velocity(x, t) for a scalar t, its answer checked and brought to the state's dtype."""
-    if not x0.is_floating_point() or x0.ndim < 1:
-        raise ValueError(f"the state must be a floating point tensor (b, ...), got {x0.dtype} {tuple(x0.shape)}")
+def _wide(x: Tensor) -> Tensor:
+    """x in float32, or float64 if it is: what states are summed in."""
+    if not x.is_floating_point() or x.ndim < 1:
+        raise ValueError(f"the state must be a floating point tensor (b, ...), got {x.dtype} {tuple(x.shape)}")
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _field(velocity: Velocity, dtype: torch.dtype) -> Callable[[Tensor, float | Tensor], Tensor]:
+    """velocity(x, t), which sees x in `dtype`, for a scalar t, its answer checked and brought to the state's dtype."""
 
     def f(x: Tensor, t: float | Tensor) -> Tensor:
-        v = velocity(x, _time(t, x))
+        v = velocity(x.to(dtype), _time(t, x))
         if v.shape != x.shape:  # would broadcast without a word
             raise ValueError(f"the velocity has shape {tuple(v.shape)}: expected that of the state, {tuple(x.shape)}")
         return v.to(x.dtype)
@@ -145,19 +151,19 @@ def solve_ode(
     ValueError on unknown methods, grids and shapes; ImportError if "dopri5" finds no torchdiffeq.
     """
     choose(dict.fromkeys(ODE_SOLVERS), method, "ODE solver")
-    f = _field(velocity, x0)
+    f, x = _field(velocity, x0.dtype), _wide(x0)
     if method.lower() == "dopri5":
         if times is not None:
             raise ValueError("dopri5 chooses its own steps and takes no times: give t0 and t1, or a fixed-step solver")
         _time_grid(1, t0, t1, None)
-        return _dopri5(f, x0, t0, t1, rtol, atol, callback)
-    step, x = FIXED_STEP[method.lower()], x0
+        return _dopri5(f, x, t0, t1, rtol, atol, callback).to(x0.dtype)
+    step = FIXED_STEP[method.lower()]
     for i, (t, u) in enumerate(pairwise(_time_grid(steps, t0, t1, times))):
         v = f(x, t)
         if callback is not None:
             callback(i, t, x, v)
         x = step(f, x, t, u, v)
-    return x
+    return x.to(x0.dtype)
 
 
 class _AcceptedSteps:
@@ -210,8 +216,9 @@ def _dopri5(
         ) from error
 
 
-# Diffusion coefficients w(t) >= 0 with norm c. sin^2 is SiT 2.4 (ii), sbdm (iii), sigma (i); the others are from its
-# published code. The score grows like 1/sigma where t = 1: all but "constant" vanish there at least as fast as sigma.
+# Diffusion coefficients w(t) >= 0 with norm c. sigma, sin^2 and sbdm are SiT 2.4 (i), (ii), (iii), the others stand in
+# its published code. A model's score grows like 1/sigma towards t = 1. On the linear and GVP paths w makes up for it
+# except when "constant" or "decreasing" with c other than 1: end those on a last step.
 DIFFUSIONS: dict[str, Callable[[Path, Tensor, float], Tensor]] = {
     "constant": lambda path, t, c: torch.full_like(t, c),
     "sbdm": lambda path, t, c: c * path.kl_diffusion(t),
@@ -274,19 +281,21 @@ def solve_sde(
     _check_sde(method, diffusion, norm, last_step, last_step_size)
     t0 = t0 if t0 is not None else path.t_min if diffusion.lower() == "sbdm" else 0.0
     t1 = t1 if t1 is not None else 1.0 if last_step is None else 1 - last_step_size
-    f = _field(velocity, x0)
+    if not t0 < t1:
+        raise ValueError(f"an SDE runs from noise (0) to data (1): expected t0 < t1, got t0={t0:g} and t1={t1:g}")
+    f, x = _field(velocity, x0.dtype), _wide(x0)
 
     def w(t: float) -> float:
         return diffusion_coefficient(diffusion, t, path, norm).item()
 
     def add_score(v: Tensor, x: Tensor, t: float) -> Tensor:
         # w s at t = 1 is the limit of -(w/sigma) eps, not 0 times something large: both factors are taken at t_max.
-        return (v + w(min(t, path.t_max)) * path.score_from_velocity(v, x, _time(t, x))).to(x.dtype)
+        return v + w(min(t, path.t_max)) * path.score_from_velocity(v, x, _time(t, x))
 
     def drift(x: Tensor, t: float) -> Tensor:
         return add_score(f(x, t), x, t)
 
-    x, noise_first = x0, method.lower() == "heun"
+    noise_first = method.lower() == "heun"
     step = heun if noise_first else euler
     for i, (t, u) in enumerate(pairwise(_time_grid(steps, t0, t1, None))):
         noise = math.sqrt(2 * w(t) * (u - t)) * randn_like(x, generator)
@@ -297,17 +306,19 @@ def solve_sde(
         x = step(drift, x, t, u, add_score(v, x, t))
         x = x if noise_first else x + noise
     if last_step is None:
-        return x
+        return x.to(x0.dtype)
 
     v = f(x, t1)
     if callback is not None:
         callback(steps, t1, x, v)
     if last_step.lower() == "tweedie":
-        return path.data_from_velocity(v, x, _time(t1, x)).to(x.dtype)
-    return x + last_step_size * (add_score(v, x, t1) if last_step.lower() == "mean" else v)
+        return path.data_from_velocity(v, x, _time(t1, x)).to(x0.dtype)
+    return (x + last_step_size * (add_score(v, x, t1) if last_step.lower() == "mean" else v)).to(x0.dtype)
 
 
 class Likelihood(NamedTuple):
+    """What `likelihood` found out about a batch of data."""
+
     log_prob: Tensor  # (b,) log p(x1) in nats
     standard_error: Tensor  # (b,) of log_prob, from the spread over probes; infinite with a single probe
     x0: Tensor  # (b, ...) the noise that x1 came from
@@ -335,8 +346,8 @@ def likelihood(
     """
     if probes < 1:
         raise ValueError(f"the divergence is estimated from random probes: expected at least 1, got {probes}")
-    x1 = x1.to(torch.promote_types(x1.dtype, torch.float32))
-    shape, n, f = x1.shape, x1[0].numel(), _field(velocity, x1)
+    f, x1 = _field(velocity, x1.dtype), _wide(x1)
+    shape, n = x1.shape, x1[0].numel()
     device = x1.device if generator is None else generator.device
     kept: list[Tensor] = []
 

@@ -282,7 +282,7 @@ def _draw(
 
     settings = _settings(bundle, options)
     _check_writable(options.output)
-    with tqdm(desc="sampling", unit="step", leave=False) as bar:
+    with tqdm(desc="sampling", unit="step", delay=0.2) as bar:  # the delay keeps it from standing before a refusal
 
         def progress(done: int, total: int) -> None:
             bar.total = total or None

@@ -187,3 +187,16 @@ def test_version_is_stated_once_each_and_alike():
     project = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
     citation = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.MULTILINE)
     assert project.group(1) == citation.group(1)
+
+
+def python_examples():
+    for document in DOCUMENTS:
+        blocks = re.findall(r"```python\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL)
+        for number, code in enumerate(blocks):
+            yield pytest.param(code, id=f"{name(document)}-{number}")
+
+
+@pytest.mark.parametrize("code", python_examples())
+def test_examples_in_documents_run(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # some write files
+    exec(compile(code, "example", "exec"), {"__name__": "example"})

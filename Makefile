@@ -43,7 +43,7 @@ lint: $(VENV)/ready
 	@$(PY) -m ruff check .
 
 bench: $(VENV)/ready-bench
-	@$(PY) -m benchmarks $(ARGS)
+	@for script in benchmarks/[a-z]*.py; do echo "$$script"; $(PY) "$$script" $(ARGS) || exit 1; done
 
 native: $(VENV)/ready
 	@$(PY) native/build.py $(ARGS)

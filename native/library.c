@@ -84,15 +84,18 @@ static float *zeros(int64_t count) {
     return p;
 }
 
-static void store_element(const zs_rows *t, int64_t offset, float x) {
+static void store_row(const zs_rows *t, int64_t batch, int64_t row, int64_t count, const float *from) {
+    const int64_t offset = batch * t->batch_stride + row * t->row_stride;
     if (t->dtype == ZS_F32) {
-        ((float *)t->data)[offset] = x;
+        memcpy((float *)t->data + offset, from, (size_t)count * sizeof(float));
         return;
     }
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    bits = x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    ((uint16_t *)t->data)[offset] = (uint16_t)bits;
+    for (int64_t i = 0; i < count; i++) { /* to bfloat16, to nearest even */
+        uint32_t bits;
+        memcpy(&bits, from + i, sizeof bits);
+        bits = from[i] != from[i] ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+        ((uint16_t *)t->data)[offset + i] = (uint16_t)bits;
+    }
 }
 
 /* ---- scan ---- */
@@ -112,21 +115,19 @@ static void backward_task(void *context, int64_t task, float *workspace) {
     run->kernels->scan_backward(&run->job, task / run->job.units, task % run->job.units, workspace);
 }
 
-/* One row of dB and dC: the units' partial sums added in order of unit. */
-static void sum_row_task(void *context, int64_t task, float *workspace) {
-    const scan_job *job = &((scan_run *)context)->job;
+/* dB and dC of one batch entry: the units' partial sums added in order of unit. */
+static void sum_rows(const scan_job *job, int64_t batch) {
     const zs_scan_args *a = job->args;
-    const int64_t batch = task, n = a->states;
-    (void)workspace;
+    const int64_t n = a->states, sheet = a->length * 2 * n;
     for (int64_t k = 0; k < a->length; k++) {
         int64_t row = a->input_order ? a->input_order[k] : k;
-        const float *from = job->BC_partial + (batch * job->units * a->length + k) * 2 * n;
-        for (int64_t i = 0; i < 2 * n; i++) {
-            float sum = 0;
-            for (int64_t unit = 0; unit < job->units; unit++) sum += from[unit * a->length * 2 * n + i];
-            const zs_rows *to = i < n ? &a->d_B : &a->d_C;
-            store_element(to, batch * to->batch_stride + row * to->row_stride + i % n, sum);
-        }
+        const float *from = job->BC_partial + batch * job->units * sheet + k * 2 * n;
+        float sum[2 * ZS_MAX_STATES];
+        memcpy(sum, from, (size_t)(2 * n) * sizeof(float));
+        for (int64_t unit = 1; unit < job->units; unit++)
+            for (int64_t i = 0; i < 2 * n; i++) sum[i] += from[unit * sheet + i];
+        store_row(&a->d_B, batch, row, n, sum);
+        store_row(&a->d_C, batch, row, n, sum + n);
     }
 }
 
@@ -209,7 +210,7 @@ EXPORT int64_t zs_scan_backward(const char *instruction_set, const zs_scan_args 
         status = zs_parallel(scan_threads(a), a->batch * job->units, run.kernels->scan_workspace(job, 1),
                              backward_task, &run);
     if (status == ZS_OK) {
-        for (int64_t batch = 0; batch < a->batch; batch++) sum_row_task(&run, batch, NULL);
+        for (int64_t batch = 0; batch < a->batch; batch++) sum_rows(job, batch);
         sum_parameters(&run);
     }
     zs_release(job->bias_partial);

@@ -1,0 +1,306 @@
+/* The selective scan on one unit of channels.
+ *
+ * Time is cut into chunks of CHUNK steps. Within a chunk each vector of LANES channels is carried through all its
+ * steps with its states in registers, then the next vector takes the same rows: memory is read along rows, and the
+ * state at the start of a chunk is all that backward needs in order to recompute the chunk. */
+#ifndef ZIGMA_SCAN_KERNEL_H
+#define ZIGMA_SCAN_KERNEL_H
+
+#include "rows.h"
+
+typedef struct {
+    int64_t batch, first, vectors;  /* first channel, vectors of channels */
+    int64_t start, steps;           /* of the chunk */
+    int64_t in[CHUNK], out[CHUNK];  /* rows of the chunk's steps */
+} place;
+
+static place enter_unit(const scan_job *job, int64_t batch, int64_t unit) {
+    place p = {.batch = batch, .first = unit * UNIT_CHANNELS};
+    p.vectors = (min64(job->args->channels - p.first, UNIT_CHANNELS) + LANES - 1) / LANES;
+    return p;
+}
+
+static void enter_chunk(place *p, const zs_scan_args *a, int64_t chunk) {
+    p->start = chunk * CHUNK;
+    p->steps = min64(CHUNK, a->length - p->start);
+    for (int64_t k = 0; k < p->steps; k++) {
+        p->in[k] = a->input_order ? a->input_order[p->start + k] : p->start + k;
+        p->out[k] = a->output_order ? a->output_order[p->start + k] : p->start + k;
+    }
+}
+
+static float bf16_to_float(uint16_t x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float f;
+    memcpy(&f, &bits, sizeof f);
+    return f;
+}
+
+/* The chunk's B or C as float [step][padded n], zero beyond n; the kernels broadcast its elements. */
+static void load_chunk(const scan_job *job, const zs_rows *t, const place *p, float *to) {
+    const int64_t n = job->args->states;
+    memset(to, 0, (size_t)(p->steps * job->states) * sizeof(float));
+    for (int64_t k = 0; k < p->steps; k++, to += job->states) {
+        int64_t offset = row_offset(t, p->batch, p->in[k]);
+        if (t->dtype == ZS_F32) {
+            memcpy(to, (const float *)t->data + offset, (size_t)n * sizeof(float));
+        } else {
+            for (int64_t i = 0; i < n; i++) to[i] = bf16_to_float(((const uint16_t *)t->data)[offset + i]);
+        }
+    }
+}
+
+INLINE void add8(float *to, __m256 x) { _mm256_storeu_ps(to, _mm256_loadu_ps(to) + x); }
+
+/* s_k = exp(dt_k A) s_{k-1} + dt_k B_k u_k and y_k += <s_k, C_k>, over one chunk of one vector of channels and
+ * BLOCK of its n states. */
+INLINE void recur(int64_t n, int64_t steps, const float *A, const float *B, const float *C, const float *dt,
+                  const float *dtu, float *state, float *y) {
+    vec s[BLOCK];
+    for (int64_t i = 0; i < BLOCK; i++) s[i] = vload(state + i * LANES);
+    for (int64_t k = 0; k < steps; k++) {
+        vec t = vload(dt + k * LANES), x = vload(dtu + k * LANES), sum[2] = {vload(y + k * LANES), vset(0.0f)};
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < BLOCK; i++) {
+            s[i] = vfma(vexp2(t * vload(A + i * LANES)), s[i], x * vset(B[k * n + i]));
+            sum[i & 1] = vfma(s[i], vset(C[k * n + i]), sum[i & 1]);
+        }
+        vstore(y + k * LANES, sum[0] + sum[1]);
+    }
+    for (int64_t i = 0; i < BLOCK; i++) vstore(state + i * LANES, s[i]);
+}
+
+/* One vector of channels over one chunk, each array [step][LANES]. */
+typedef struct {
+    float u[CHUNK * LANES], dt[CHUNK * LANES], dtu[CHUNK * LANES], z[CHUNK * LANES], y[CHUNK * LANES];
+    float e[CHUNK * LANES];
+} forward_steps;
+
+static void forward_vector(const scan_job *job, const place *p, int64_t channel, int64_t count,
+                           const float *B, const float *C, float *state, forward_steps *w) {
+    const zs_scan_args *a = job->args;
+    const int64_t n = job->states, size = p->steps * LANES;
+    load_steps(&a->u, p->batch, p->in, p->steps, channel, count, w->u);
+    load_steps(&a->delta, p->batch, p->in, p->steps, channel, count, w->dt);
+    if (a->z.data) load_steps(&a->z, p->batch, p->out, p->steps, channel, count, w->z);
+    vec bias = load_channels(a->delta_bias, channel, count), D = load_channels(a->D, channel, count);
+    if (a->delta_softplus)
+        for (int64_t k = 0; k < size; k += LANES) vstore(w->e + k, vexp_minus_abs(vload(w->dt + k) + bias));
+    for (int64_t k = 0; k < size; k += LANES) {
+        vec t = vload(w->dt + k) + bias, u = vload(w->u + k);
+        if (a->delta_softplus) t = vsoftplus(t, vload(w->e + k));
+        vstore(w->dt + k, t);
+        vstore(w->dtu + k, t * u);
+        vstore(w->y + k, D * u);
+    }
+    for (int64_t i = 0; i < n; i += BLOCK)
+        recur(n, p->steps, job->A_packed + channel * n + i * LANES, B + i, C + i, w->dt, w->dtu, state + i * LANES,
+              w->y);
+    if (a->z.data) {
+        for (int64_t k = 0; k < size; k += LANES) vstore(w->e + k, vexp_minus_abs(vload(w->z + k)));
+        for (int64_t k = 0; k < size; k += LANES) {
+            vec z = vload(w->z + k);
+            vstore(w->y + k, vload(w->y + k) * z * vsigmoid(z, vload(w->e + k)));
+        }
+    }
+    store_steps(&a->out, p->batch, p->out, p->steps, channel, count, w->y);
+}
+
+static int64_t checkpoint_offset(const scan_job *job, int64_t batch, int64_t chunk, int64_t channel) {
+    return ((batch * job->chunks + chunk) * job->padded + channel) * job->states;
+}
+
+static void scan_forward(const scan_job *job, int64_t batch, int64_t unit, float *workspace) {
+    const zs_scan_args *a = job->args;
+    const int64_t n = job->states;
+    float *state = workspace, *B = state + UNIT_CHANNELS * n, *C = B + CHUNK * n;
+    forward_steps *steps = (forward_steps *)(C + CHUNK * n);
+    place p = enter_unit(job, batch, unit);
+    memset(state, 0, (size_t)(p.vectors * LANES * n) * sizeof(float));
+    for (int64_t chunk = 0; chunk < job->chunks; chunk++) {
+        enter_chunk(&p, a, chunk);
+        load_chunk(job, &a->B, &p, B);
+        load_chunk(job, &a->C, &p, C);
+        if (a->checkpoints)
+            memcpy(a->checkpoints + checkpoint_offset(job, batch, chunk, p.first), state,
+                   (size_t)(p.vectors * LANES * n) * sizeof(float));
+        for (int64_t v = 0; v < p.vectors; v++) {
+            int64_t channel = p.first + v * LANES, count = a->channels - channel;
+            forward_vector(job, &p, channel, count, B, C, state + v * LANES * n, steps);
+        }
+    }
+}
+
+/* The recurrence of `recur` again, for BLOCK states, keeping what backward needs of every step:
+ *   decays: exp(dt_k A),  decayed: exp(dt_k A) s_{k-1},  both [step][BLOCK]
+ * and adding dC_k = sum over channels of dy_k s_k to dC. */
+INLINE void recompute(int64_t n, int64_t steps, const float *A, const float *B, const float *C, const float *dt,
+                      const float *dtu, const float *dy, const float *state, float *decays, float *decayed,
+                      float *y, float *dC) {
+    vec s[BLOCK];
+    for (int64_t i = 0; i < BLOCK; i++) s[i] = vload(state + i * LANES);
+    for (int64_t k = 0; k < steps; k++) {
+        vec t = vload(dt + k * LANES), x = vload(dtu + k * LANES), d = vload(dy + k * LANES);
+        vec sum[2] = {vload(y + k * LANES), vset(0.0f)}, to_sum[BLOCK];
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < BLOCK; i++) {
+            vec decay = vexp2(t * vload(A + i * LANES));
+            vstore(decays + (k * BLOCK + i) * LANES, decay);
+            s[i] = decay * s[i];
+            vstore(decayed + (k * BLOCK + i) * LANES, s[i]);
+            s[i] = vfma(x, vset(B[k * n + i]), s[i]);
+            sum[i & 1] = vfma(s[i], vset(C[k * n + i]), sum[i & 1]);
+            to_sum[i] = d * s[i];
+        }
+        vstore(y + k * LANES, sum[0] + sum[1]);
+        add8(dC + k * n, vsum8(to_sum));
+    }
+}
+
+/* Backward through one chunk, g = dL/ds carried towards earlier steps:
+ *   g_k = dy_k C_k + exp(dt_{k+1} A) g_{k+1},   h_k = g_k exp(dt_k A) s_{k-1}
+ *   dB_k += sum over channels of g_k dt_k u_k
+ *   gB_k += <g_k, B_k>,  hA_k += <h_k, A>,  dA += dt_k h_k
+ * On entry and exit `carry` is exp(dt A) g of the later step. A is scaled by log2(e), and so is hA. */
+INLINE void recur_backward(int64_t n, int64_t steps, const float *A, const float *B, const float *C,
+                           const float *dt, const float *dtu, const float *dy, const float *decays,
+                           const float *decayed, float *carry, float *dA, float *dB, float *gB, float *hA) {
+    vec g[BLOCK], sum_dA[BLOCK];
+    for (int64_t i = 0; i < BLOCK; i++) {
+        g[i] = vload(carry + i * LANES);
+        sum_dA[i] = vload(dA + i * LANES);
+    }
+    for (int64_t k = steps - 1; k >= 0; k--) {
+        vec t = vload(dt + k * LANES), x = vload(dtu + k * LANES), d = vload(dy + k * LANES), to_sum[BLOCK];
+        vec sum_gB = vload(gB + k * LANES), sum_hA = vload(hA + k * LANES);
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < BLOCK; i++) {
+            g[i] = vfma(d, vset(C[k * n + i]), g[i]);
+            to_sum[i] = g[i] * x;
+            sum_gB = vfma(g[i], vset(B[k * n + i]), sum_gB);
+            vec h = g[i] * vload(decayed + (k * BLOCK + i) * LANES);
+            g[i] = g[i] * vload(decays + (k * BLOCK + i) * LANES);
+            sum_hA = vfma(h, vload(A + i * LANES), sum_hA);
+            sum_dA[i] = vfma(t, h, sum_dA[i]);
+        }
+        vstore(gB + k * LANES, sum_gB);
+        vstore(hA + k * LANES, sum_hA);
+        add8(dB + k * n, vsum8(to_sum));
+    }
+    for (int64_t i = 0; i < BLOCK; i++) {
+        vstore(carry + i * LANES, g[i]);
+        vstore(dA + i * LANES, sum_dA[i]);
+    }
+}
+
+/* One vector of channels over one chunk, each array [step][LANES]. */
+typedef struct {
+    float u[CHUNK * LANES], dt[CHUNK * LANES], dtu[CHUNK * LANES], z[CHUNK * LANES], y[CHUNK * LANES];
+    float slope[CHUNK * LANES];                        /* d dt / d delta */
+    float d_out[CHUNK * LANES], dy[CHUNK * LANES];     /* dL/d out, dL/d (<s, C> + D u) */
+    float gB[CHUNK * LANES], hA[CHUNK * LANES], e[CHUNK * LANES];
+    float decays[CHUNK * BLOCK * LANES], decayed[CHUNK * BLOCK * LANES];
+} backward_steps;
+
+static void prepare_steps(const scan_job *job, const place *p, int64_t channel, int64_t count, backward_steps *w) {
+    const zs_scan_args *a = job->args;
+    const int64_t size = p->steps * LANES;
+    load_steps(&a->u, p->batch, p->in, p->steps, channel, count, w->u);
+    load_steps(&a->delta, p->batch, p->in, p->steps, channel, count, w->dt);
+    load_steps(&a->d_out, p->batch, p->out, p->steps, channel, count, w->d_out);
+    if (a->z.data) load_steps(&a->z, p->batch, p->out, p->steps, channel, count, w->z);
+    vec bias = load_channels(a->delta_bias, channel, count), D = load_channels(a->D, channel, count);
+    if (a->delta_softplus)
+        for (int64_t k = 0; k < size; k += LANES) vstore(w->e + k, vexp_minus_abs(vload(w->dt + k) + bias));
+    for (int64_t k = 0; k < size; k += LANES) {
+        vec t = vload(w->dt + k) + bias, u = vload(w->u + k), slope = vset(1.0f);
+        if (a->delta_softplus) {
+            vec e = vload(w->e + k);
+            slope = vsigmoid(t, e);
+            t = vsoftplus(t, e);
+        }
+        vstore(w->slope + k, slope);
+        vstore(w->dt + k, t);
+        vstore(w->dtu + k, t * u);
+        vstore(w->y + k, D * u);
+        vstore(w->gB + k, vset(0.0f));
+        vstore(w->hA + k, vset(0.0f));
+    }
+    if (!a->z.data) {
+        memcpy(w->dy, w->d_out, sizeof w->dy);
+        return;
+    }
+    /* silu(z) and its slope gate (1 + z (1 - gate)); z itself is not needed afterwards */
+    for (int64_t k = 0; k < size; k += LANES) vstore(w->e + k, vexp_minus_abs(vload(w->z + k)));
+    for (int64_t k = 0; k < size; k += LANES) {
+        vec z = vload(w->z + k), gate = vsigmoid(z, vload(w->e + k)), d = vload(w->d_out + k);
+        vstore(w->dy + k, d * z * gate);
+        vstore(w->z + k, d * gate * vfma(z, vset(1.0f) - gate, vset(1.0f)));
+    }
+}
+
+static void backward_vector(const scan_job *job, const place *p, int64_t channel, int64_t count, int64_t chunk,
+                            const float *B, const float *C, float *dB, float *dC, float *carry, backward_steps *w) {
+    const zs_scan_args *a = job->args;
+    const int64_t n = job->states, at = p->batch * job->padded + channel, size = p->steps * LANES;
+    const float *A = job->A_packed + channel * n;
+    const float *start = a->checkpoints + checkpoint_offset(job, p->batch, chunk, channel);
+    float *dA = job->A_partial + at * n;
+    for (int64_t i = 0; i < n; i++) vprefetch(start + (n + i) * LANES); /* the next vector's */
+    prepare_steps(job, p, channel, count, w);
+    for (int64_t i = 0; i < n; i += BLOCK) {
+        const int64_t b = i * LANES;
+        recompute(n, p->steps, A + b, B + i, C + i, w->dt, w->dtu, w->dy, start + b, w->decays, w->decayed, w->y,
+                  dC + i);
+        recur_backward(n, p->steps, A + b, B + i, C + i, w->dt, w->dtu, w->dy, w->decays, w->decayed, carry + b,
+                       dA + b, dB + i, w->gB, w->hA);
+    }
+    vec D = load_channels(a->D, channel, count), dD = vset(0.0f), dbias = vset(0.0f);
+    for (int64_t k = 0; k < size; k += LANES) { /* d_u in place of u, d_delta of slope, d_z of z */
+        vec u = vload(w->u + k), gB = vload(w->gB + k), dy = vload(w->dy + k);
+        vec ddelta = vfma(vload(w->hA + k), vset(1.0f / LOG2E), u * gB) * vload(w->slope + k);
+        dbias = dbias + ddelta;
+        dD = vfma(dy, u, dD);
+        vstore(w->u + k, vfma(D, dy, vload(w->dt + k) * gB));
+        vstore(w->slope + k, ddelta);
+        vstore(w->z + k, vload(w->z + k) * vload(w->y + k));
+    }
+    store_steps(&a->d_u, p->batch, p->in, p->steps, channel, count, w->u);
+    store_steps(&a->d_delta, p->batch, p->in, p->steps, channel, count, w->slope);
+    if (a->d_z.data) store_steps(&a->d_z, p->batch, p->out, p->steps, channel, count, w->z);
+    vstore(job->D_partial + at, vload(job->D_partial + at) + dD);
+    vstore(job->bias_partial + at, vload(job->bias_partial + at) + dbias);
+}
+
+static void scan_backward(const scan_job *job, int64_t batch, int64_t unit, float *workspace) {
+    const zs_scan_args *a = job->args;
+    const int64_t n = job->states, rows = CHUNK * n;
+    float *B = workspace, *C = B + rows, *dB = C + rows, *dC = dB + rows, *carry = dC + rows;
+    backward_steps *steps = (backward_steps *)(carry + UNIT_CHANNELS * n);
+    place p = enter_unit(job, batch, unit);
+    memset(carry, 0, (size_t)(p.vectors * LANES * n) * sizeof(float));
+    for (int64_t chunk = job->chunks - 1; chunk >= 0; chunk--) {
+        enter_chunk(&p, a, chunk);
+        load_chunk(job, &a->B, &p, B);
+        load_chunk(job, &a->C, &p, C);
+        memset(dB, 0, (size_t)(2 * rows) * sizeof(float));
+        for (int64_t v = 0; v < p.vectors; v++) {
+            int64_t channel = p.first + v * LANES;
+            backward_vector(job, &p, channel, a->channels - channel, chunk, B, C, dB, dC, carry + v * LANES * n, steps);
+        }
+        /* the unit's own slot: units are added up afterwards, in their order */
+        float *to = job->BC_partial + ((batch * job->units + unit) * a->length + p.start) * 2 * a->states;
+        for (int64_t k = 0; k < p.steps; k++, to += 2 * a->states) {
+            memcpy(to, dB + k * n, (size_t)a->states * sizeof(float));
+            memcpy(to + a->states, dC + k * n, (size_t)a->states * sizeof(float));
+        }
+    }
+}
+
+static int64_t scan_workspace(const scan_job *job, int backward) {
+    const int64_t n = job->states;
+    if (!backward) return UNIT_CHANNELS * n + 2 * CHUNK * n + (int64_t)(sizeof(forward_steps) / sizeof(float));
+    return UNIT_CHANNELS * n + 4 * CHUNK * n + (int64_t)(sizeof(backward_steps) / sizeof(float));
+}
+
+#endif

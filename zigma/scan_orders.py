@@ -1,0 +1,284 @@
+"""Token orders: in which sequence a state-space layer reads the patches of a picture.
+
+A token order is a value, a LongTensor `o` of length h*w: `o[k]` is the raster index (row * w + column) of the token
+that is read at step k. An order is a permutation, its inverse is `torch.argsort(o)`, and gathering by one undoes
+gathering by the other:
+
+    tokens[:, o][:, inverse(o)] == tokens
+
+Everything else in the project takes orders as arguments: the model (one per layer), the scan kernels (which gather
+and scatter by them), the nodes (which draw them).
+
+Zigzag orders: ZigMa, arXiv 2403.13802, section 3.2. The Hilbert walk: the generalised ("gilbert") curve for any
+rectangle.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+import torch
+
+__all__ = [
+    "available_orders",
+    "count_jumps",
+    "inverse_order",
+    "is_order",
+    "order_schedule",
+    "register_order",
+    "repeat_orders",
+    "scan_order",
+]
+
+OrderFunction = Callable[..., torch.Tensor]
+
+_REGISTRY: dict[str, tuple[OrderFunction, int]] = {}
+
+
+def register_order(name: str, count: int) -> Callable[[OrderFunction], OrderFunction]:
+    """Make `function(index, height, width, generator)` known as `scan_order(name, ...)` for index 0 ... count-1."""
+
+    def register(function: OrderFunction) -> OrderFunction:
+        if name in _REGISTRY:
+            raise ValueError(f"token order {name!r} is registered already; choose another name")
+        _REGISTRY[name] = (function, count)
+        return function
+
+    return register
+
+
+def available_orders() -> dict[str, int]:
+    """Names of the token orders, each with the number of indices it has."""
+    return {name: count for name, (_, count) in _REGISTRY.items()}
+
+
+def scan_order(
+    kind: str, index: int = 0, *, height: int, width: int, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """The token order `kind`, variant `index`, on a grid of height x width tokens.
+
+    Args:
+        kind: a name of `available_orders()`.
+        index: which variant, from 0.
+        height, width: the grid in tokens (the latent's sides divided by the patch size).
+        generator: a CPU generator, required by "random" and unused by the others.
+
+    Returns:
+        LongTensor (height * width,) on the CPU: raster indices in the order in which they are read.
+
+    Raises:
+        ValueError: unknown kind, index out of range, empty grid, or "random" without a generator.
+    """
+    if kind not in _REGISTRY:
+        raise ValueError(f"unknown token order {kind!r}: choose one of {', '.join(_REGISTRY)}")
+    function, count = _REGISTRY[kind]
+    if not 0 <= index < count:
+        raise ValueError(f"token order {kind!r} has no index {index}: it has {count}, from 0 to {count - 1}")
+    if height < 1 or width < 1:
+        raise ValueError(f"a token grid of {height}x{width} is empty: both sides have to be at least 1")
+    return function(index, height, width, generator)
+
+
+def inverse_order(order: torch.Tensor) -> torch.Tensor:
+    """The order that undoes `order`: argsort. Shape (l,) -> (l,)."""
+    return torch.argsort(order)
+
+
+def is_order(order: torch.Tensor, length: int | None = None) -> bool:
+    """Whether `order` (l,) is a permutation of 0 ... l-1 (and has `length` entries, if given)."""
+    if order.dim() != 1 or order.dtype.is_floating_point or (length is not None and order.numel() != length):
+        return False
+    return bool(torch.equal(torch.sort(order).values, torch.arange(order.numel(), device=order.device)))
+
+
+def count_jumps(order: torch.Tensor, width: int) -> int:
+    """How often two tokens read one after the other are not neighbours (left, right, above or below) on the grid.
+
+    0 means a continuous path, the property for which zigzag was introduced (ZigMa, section 3.2: spatial continuity).
+    """
+    row, column = order // width, order % width
+    return int(((row.diff().abs() + column.diff().abs()) != 1).sum())
+
+
+def _raster(height: int, width: int) -> torch.Tensor:
+    return torch.arange(height * width).view(height, width)
+
+
+@register_order("zigzag", 8)
+def _zigzag(index: int, height: int, width: int, generator: torch.Generator | None) -> torch.Tensor:
+    """The eight snakes: four corners (top-left, top-right, bottom-left, bottom-right), each by rows, then by columns.
+
+    A snake turns round at the end of every line, so that no step jumps.
+    """
+    corner, by_columns = divmod(index, 2)
+    grid = _raster(height, width)
+    if corner & 2:
+        grid = grid.flip(0)
+    if corner & 1:
+        grid = grid.flip(1)
+    if by_columns:
+        grid = grid.t()
+    grid = grid.clone()
+    grid[1::2] = grid[1::2].flip(1)
+    return grid.reshape(-1)
+
+
+@register_order("sweep", 8)
+def _sweep(index: int, height: int, width: int, generator: torch.Generator | None) -> torch.Tensor:
+    """Every line in the same direction, as a page is read: jumps at each line's end. Corners as in zigzag."""
+    corner, by_columns = divmod(index, 2)
+    grid = _raster(height, width)
+    if corner & 2:
+        grid = grid.flip(0)
+    if corner & 1:
+        grid = grid.flip(1)
+    if by_columns:
+        grid = grid.t()
+    return grid.reshape(-1)
+
+
+@register_order("diagonal", 8)
+def _diagonal(index: int, height: int, width: int, generator: torch.Generator | None) -> torch.Tensor:
+    """Anti-diagonals as in JPEG's zigzag, turning round at each end: steps to diagonal neighbours. Corners as above."""
+    corner, by_columns = divmod(index, 2)
+    grid = _raster(height, width)
+    if corner & 2:
+        grid = grid.flip(0)
+    if corner & 1:
+        grid = grid.flip(1)
+    if by_columns:
+        grid = grid.t()
+    rows, columns = grid.shape
+    path = []
+    for diagonal in range(rows + columns - 1):
+        cells = [(row, diagonal - row) for row in range(rows) if 0 <= diagonal - row < columns]
+        path += cells if diagonal % 2 else cells[::-1]
+    return torch.stack([grid[row, column] for row, column in path])
+
+
+def _gilbert(height: int, width: int) -> list[tuple[int, int]]:
+    """The generalised Hilbert curve on any rectangle: the (x, y) cells in the order of the walk.
+
+    A rectangle is spanned by a major vector (ax, ay) and an orthogonal vector (bx, by), and is split into two along
+    the major one when long, else into three: up, along, and down again. Halves round toward minus infinity, which the
+    published tables depend on.
+    """
+    path: list[tuple[int, int]] = []
+
+    def sign(value: int) -> int:
+        return (value > 0) - (value < 0)
+
+    def walk(x: int, y: int, ax: int, ay: int, bx: int, by: int) -> None:
+        w, h = abs(ax + ay), abs(bx + by)
+        dax, day, dbx, dby = sign(ax), sign(ay), sign(bx), sign(by)
+        if h == 1:
+            path.extend((x + k * dax, y + k * day) for k in range(w))
+            return
+        if w == 1:
+            path.extend((x + k * dbx, y + k * dby) for k in range(h))
+            return
+        ax2, ay2, bx2, by2 = ax // 2, ay // 2, bx // 2, by // 2
+        if 2 * w > 3 * h:
+            if abs(ax2 + ay2) % 2 and w > 2:
+                ax2, ay2 = ax2 + dax, ay2 + day
+            walk(x, y, ax2, ay2, bx, by)
+            walk(x + ax2, y + ay2, ax - ax2, ay - ay2, bx, by)
+        else:
+            if abs(bx2 + by2) % 2 and h > 2:
+                bx2, by2 = bx2 + dbx, by2 + dby
+            walk(x, y, bx2, by2, ax2, ay2)
+            walk(x + bx2, y + by2, ax, ay, bx - bx2, by - by2)
+            walk(x + ax - dax + bx2 - dbx, y + ay - day + by2 - dby, -bx2, -by2, -(ax - ax2), -(ay - ay2))
+
+    # Along the longer side first, as the curve's authors do: it avoids most of the diagonal steps of odd rectangles.
+    if width >= height:
+        walk(0, 0, width, 0, 0, height)
+    else:
+        walk(0, 0, 0, height, width, 0)
+    return path
+
+
+def _square_variant(grid: torch.Tensor, index: int) -> torch.Tensor:
+    """Variant `index` of a table: rotated counter-clockwise by index // 2 quarter turns, transposed when odd."""
+    quarter_turns, transposed = divmod(index, 2)
+    grid = torch.rot90(grid, quarter_turns)
+    return grid.t() if transposed else grid
+
+
+@register_order("hilbert", 8)
+def _hilbert(index: int, height: int, width: int, generator: torch.Generator | None) -> torch.Tensor:
+    """The true Hilbert walk: argsort of the rank table, so that consecutive steps are neighbours.
+
+    On a rectangle with odd sides the curve may need one diagonal step; `count_jumps` tells.
+    """
+    return torch.argsort(_hilbert_ranks(index, height, width))
+
+
+@register_order("hilbert-published", 8)
+def _hilbert_published(index: int, height: int, width: int, generator: torch.Generator | None) -> torch.Tensor:
+    """The order that the published code gathers with: the rank table itself, which is the *inverse* of the walk.
+
+    It is no Hilbert walk (135 jumps on 16x16, where the walk has none). Kept because published weights were trained
+    with it.
+    """
+    return _hilbert_ranks(index, height, width)
+
+
+def _hilbert_ranks(index: int, height: int, width: int) -> torch.Tensor:
+    """rank[row * w + column] = the step at which variant `index` of the curve reaches that cell. Shape (h*w,)."""
+    turned = index in (1, 2, 5, 6)  # an odd number of (quarter turn, transposition): the table's sides change places
+    rows, columns = (width, height) if turned else (height, width)
+    ranks = torch.empty(rows, columns, dtype=torch.long)
+    # The published table has x down the rows: G[r][c] is the step that reaches (x=r, y=c).
+    for step, (x, y) in enumerate(_gilbert(columns, rows)):
+        ranks[x, y] = step
+    return _square_variant(ranks, index).reshape(-1)
+
+
+@register_order("random", 1 << 31)
+def _random(index: int, height: int, width: int, generator: torch.Generator | None) -> torch.Tensor:
+    """A permutation drawn from `generator`; the index only names it (the caller draws them one after another)."""
+    if generator is None:
+        raise ValueError("token order 'random' needs a torch.Generator to draw from: pass generator=...")
+    return torch.randperm(height * width, generator=generator)
+
+
+_SCAN_TYPE = re.compile(r"(zigzag|hilbert|random)N(\d+)")
+
+
+def order_schedule(
+    scan_type: str, depth: int, height: int, width: int, generator: torch.Generator | None = None
+) -> list[torch.Tensor]:
+    """The token orders of a model's layers, as its published `scan_type` states them: layer i uses order i mod k.
+
+    Args:
+        scan_type: "zigzagN1" ... "zigzagN8", "hilbertN1" ... "hilbertN8" (the published rank tables) or "randomN<k>".
+        depth: number of layers.
+        height, width: the grid in tokens.
+        generator: for "randomN<k>".
+
+    Returns:
+        `depth` LongTensors (height * width,). Layers that share an order share the tensor.
+
+    Raises:
+        ValueError: for a scan type that is none of these.
+    """
+    match = _SCAN_TYPE.fullmatch(scan_type)
+    if match is None:
+        raise ValueError(
+            f"scan_type {scan_type!r} names no token orders: expected zigzagN1..8, hilbertN1..8 or randomN<k>"
+        )
+    kind, count = match.group(1), int(match.group(2))
+    kind = "hilbert-published" if kind == "hilbert" else kind
+    if not 1 <= count <= available_orders()[kind]:
+        raise ValueError(f"scan_type {scan_type!r} asks for {count} orders: {kind} has 1 to {available_orders()[kind]}")
+    orders = [scan_order(kind, index, height=height, width=width, generator=generator) for index in range(count)]
+    return repeat_orders(orders, depth)
+
+
+def repeat_orders(orders: Sequence[torch.Tensor], depth: int) -> list[torch.Tensor]:
+    """`orders` cycled over `depth` layers: layer i gets orders[i mod len(orders)]."""
+    if not orders:
+        raise ValueError("got an empty list of token orders: a schedule needs at least one")
+    return [orders[layer % len(orders)] for layer in range(depth)]

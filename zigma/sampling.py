@@ -152,4 +152,4 @@ def _decode(bundle: Bundle, latents: torch.Tensor) -> torch.Tensor:
     """Latents of the model (b, c, h, w) -> images (b, 3, H, W) in [-1, 1]."""
     if bundle.latent.pixel_space:
         return latents.clamp(-1, 1)
-    return bundle.autoencoder.decode(latents / bundle.latent.scale + bundle.latent.shift)
+    return bundle.autoencoder.decode(bundle.latent.to_vae(latents))

@@ -1,0 +1,112 @@
+"""Muon for every weight that acts as a matrix, AdamW for the rest.
+
+Muon (Jordan et al. 2024) orthogonalises the momentum of a weight matrix. torch.optim.Muon takes matrices only; a
+convolution's kernel (out, in, k, k) is handed to it as the matrix (out, in*k*k) that shares its memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+__all__ = ["MatrixMuon", "OptimizerGroup", "cosine_with_warmup", "split_parameters"]
+
+
+def _as_matrix(tensor: torch.Tensor, like: torch.Tensor | None = None) -> torch.Tensor:
+    """(out, ...) -> (out, rest) in the memory's own order, so that it is a view; channels-last: (o, h, w, i)."""
+    like = tensor if like is None else like
+    if tensor.dim() == 4 and not like.is_contiguous():
+        tensor = tensor.permute(0, 2, 3, 1)
+    return tensor.flatten(1)
+
+
+class MatrixMuon(torch.optim.Muon):
+    """torch.optim.Muon over weights of two or more dimensions, each flattened to (out, rest).
+
+    Args:
+        params: weights; their memory is shared with the flattened views, so they must not be re-allocated afterwards
+            (move the model to its device first).
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], **options) -> None:
+        self._weights = list(params)
+        matrices = [nn.Parameter(_as_matrix(w.detach())) for w in self._weights]
+        # A copy instead of a view would train nothing, and no error would tell.
+        for weight, matrix in zip(self._weights, matrices, strict=True):
+            if weight.data_ptr() != matrix.data_ptr():
+                raise ValueError(
+                    f"got a weight of shape {tuple(weight.shape)} with strides {weight.stride()}, expected contiguous "
+                    "or channels-last memory: call .contiguous() on it first"
+                )
+        super().__init__(matrices, **options)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update; gradients are read from the original weights."""
+        flat = [p for group in self.param_groups for p in group["params"]]
+        for weight, matrix in zip(self._weights, flat, strict=True):
+            matrix.grad = None if weight.grad is None else _as_matrix(weight.grad, like=weight)
+        return super().step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of the original weights."""
+        for weight in self._weights:
+            weight.grad = None
+        super().zero_grad(set_to_none)
+
+
+def split_parameters(
+    model: nn.Module, is_matrix: Callable[[str, nn.Parameter], bool]
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """(weights that `is_matrix` chooses, all others), those that need gradients only."""
+    chosen, others = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (chosen if is_matrix(name, parameter) else others).append(parameter)
+    return chosen, others
+
+
+class OptimizerGroup:
+    """Several optimisers that step, save and load as one."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        self.optimizers = optimizers
+        self._base = [[group["lr"] for group in o.param_groups] for o in optimizers]
+
+    def set_lr_scale(self, scale: float) -> None:
+        """Set every learning rate to its initial value times `scale` (a schedule's value at this step)."""
+        for optimizer, base in zip(self.optimizers, self._base, strict=True):
+            for group, lr in zip(optimizer.param_groups, base, strict=True):
+                group["lr"] = lr * scale
+
+    def step(self) -> None:
+        """Step all of them."""
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        """Clear all gradients."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> list[dict]:
+        """Their states, in order."""
+        return [optimizer.state_dict() for optimizer in self.optimizers]
+
+    def load_state_dict(self, states: list[dict]) -> None:
+        """Load what `state_dict` gave."""
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+
+
+def cosine_with_warmup(progress: float, warmup: float = 0.02, hold: float = 0.0) -> float:
+    """Learning-rate factor at `progress` in [0, 1]: linear warm-up, a plateau until `hold`, then cosine to zero."""
+    if progress < warmup:
+        return progress / warmup
+    start = max(warmup, hold)
+    if progress < start:
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - start) / (1 - start))))

@@ -1,4 +1,4 @@
-"""The command line: python -m zigma demo | sample | inspect | scan-order | doctor.
+"""The command line: python -m zigma demo | sample | train | inspect | scan-order | doctor.
 
 A mistake of the user ends with one sentence on stderr and exit status 2; `--debug` shows the traceback as well.
 """
@@ -6,6 +6,7 @@ A mistake of the user ends with one sentence on stderr and exit status 2; `--deb
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.metadata
 import logging
 import os
@@ -15,6 +16,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
+
+from .training.recipe import Recipe
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -92,6 +95,19 @@ def _parser() -> Parser:
     draw.add_argument("--sheet", action="store_true", help="write one labelled sheet instead of single pictures")
     _add_sampling(draw, count=1)
 
+    train = command("train", train_command, "Train a text-conditioned model on pictures with captions.")
+    train.add_argument("--data", type=Path, required=True, help="a folder of pictures, or a packed file")
+    train.add_argument("--out", type=Path, required=True, help="folder of the run; a run found there is resumed")
+    train.add_argument("--autoencoder", type=Path, help="a VAE in TAESD layout, or a model file with one; none: pixels")
+    train.add_argument("--categories", help="of a packed file, comma-separated (default: all)")
+    train.add_argument("--size", type=_positive, default=64, help="sides of a folder's pictures (default: %(default)s)")
+    train.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: %(default)s)")
+    group = train.add_argument_group("recipe", "see zigma/training/recipe.py for what each of them means")
+    for field in dataclasses.fields(Recipe):
+        parse = _yes_or_no if isinstance(field.default, bool) else type(field.default)
+        option = "--" + field.name.replace("_", "-")
+        group.add_argument(option, type=parse, default=field.default, help="default: %(default)s")
+
     inspect = command("inspect", inspect_command, "Say what a model file holds.")
     inspect.add_argument("file", help="a file, or the name of a shipped model")
 
@@ -123,6 +139,12 @@ def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, but expected a whole number from 1")
     return int(text)
+
+
+def _yes_or_no(text: str) -> bool:
+    if text.lower() not in ("yes", "true", "1", "no", "false", "0"):
+        raise argparse.ArgumentTypeError(f"got {text!r}, but expected yes or no")
+    return text.lower() in ("yes", "true", "1")
 
 
 def demo_command(options: argparse.Namespace) -> None:
@@ -157,6 +179,23 @@ def sample_command(options: argparse.Namespace) -> None:
         if len(pictures) > 1:
             path = path.with_name(f"{path.stem}-{number:0{width}d}{path.suffix}")
         print(save_picture(picture, path))
+
+
+def train_command(options: argparse.Namespace) -> None:
+    """A training run, resumed if its folder holds one."""
+    from .training.data import encode_pictures, read_autoencoder, read_pictures, vocabulary_of
+    from .training.trainer import Trainer
+
+    logging.getLogger().setLevel(logging.INFO)
+    _check_device(options.device)
+    recipe = Recipe(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Recipe)})
+    categories = [name.strip() for name in options.categories.split(",")] if options.categories else None
+    pictures = read_pictures(options.data, options.size, categories)
+    autoencoder = None if options.autoencoder is None else read_autoencoder(options.autoencoder)
+    options.out.mkdir(parents=True, exist_ok=True)
+    data = encode_pictures(pictures, autoencoder, options.out / "latents.safetensors")
+    trainer = Trainer(data, vocabulary_of(pictures), options.out, recipe, autoencoder, options.device)
+    print(trainer.run())
 
 
 def inspect_command(options: argparse.Namespace) -> None:
@@ -245,22 +284,24 @@ def _model_file(name: str) -> Path:
 
 
 def _load(name: str, device: str) -> Bundle:
-    import torch
-
     from .checkpoint import load_bundle
 
     path = _model_file(name)
+    _check_device(device)
+    return load_bundle(path, device=device)
+
+
+def _check_device(device: str) -> None:
+    import torch
+
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # a build without CUDA says so in an AssertionError
         reason = str(error).splitlines()[0]
         raise UserError(f"device {device!r} cannot be used here ({reason}): try --device cpu") from error
-    return load_bundle(path, device=device)
 
 
 def _settings(bundle: Bundle, options: argparse.Namespace) -> SamplingSettings:
-    import dataclasses
-
     from .sampling import SamplingSettings
 
     given = {"steps": options.steps, "solver": options.solver, "guidance": options.cfg}

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from ..autoencoder import TinyAutoencoder
 from .emoji import CATEGORIES, PackedPictures, read_packed
@@ -190,6 +191,12 @@ class AutoencoderTrainer:
         torch.save(state, temporary)
         os.replace(temporary, self.folder / "checkpoint.pt")
 
+    def export(self, path: Path, dtype: torch.dtype = torch.float16) -> Path:
+        """Write the autoencoder alone, in TAESD layout, as this project and stock VAE loaders read it."""
+        state = {key: value.to(dtype).contiguous() for key, value in self.model.state_dict().items()}
+        save_file(state, path)
+        return path
+
     def _resume(self) -> None:
         path = self.folder / "checkpoint.pt"
         if not path.exists():
@@ -224,6 +231,7 @@ def main() -> None:
     data, out = arguments.pop("data"), arguments.pop("out")
     trainer = AutoencoderTrainer(read_packed(data), out, AutoencoderRecipe(**arguments))
     trainer.run()
+    trainer.export(out / "vae.safetensors")
     report = {"recipe": dataclasses.asdict(trainer.recipe), "steps": trainer.step, "seconds": round(trainer.seconds)}
     if len(trainer.held_images):
         held = trainer.evaluate()

@@ -1,0 +1,235 @@
+"""ZigMa: the recorded outputs of the published implementation, and laws that any model has to keep."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from zigma.config import ZigMaConfig
+from zigma.mixer import read_weights
+from zigma.model import ZigMa
+from zigma.scan_orders import inverse_order, scan_order
+
+TEXT = {"has_text": True, "d_context": 6}
+CONDITIONS = {"none": {}, "class": {"num_classes": 3}, "text": TEXT}
+
+
+def tiny(condition: str = "none", seed: int = 0, **fields) -> ZigMa:
+    """A small model whose every weight matters: at their initial zeros the gates would hide the mixers."""
+    config = {"in_channels": 3, "embed_dim": 16, "depth": 3, "img_dim": (4, 6), "use_pe": 2, **CONDITIONS[condition]}
+    torch.manual_seed(seed)
+    model = ZigMa(ZigMaConfig(**{**config, **fields}))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "adaLN" in name or "t_embedder" in name or "y_embedder" in name or name == "pos_embed":
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def inputs(model: ZigMa, batch: int = 2, sides: tuple[int, int] | None = None, seed: int = 1):
+    generator = torch.Generator().manual_seed(seed)
+    config = model.config
+    x = torch.randn(batch, config.in_channels, *(sides or config.img_dim), generator=generator)
+    t = torch.rand(batch, generator=generator)
+    y = {
+        "none": None,
+        "class": torch.arange(batch) % max(config.num_classes, 1),
+        "text": torch.randn(batch, 5, config.d_context, generator=generator) if config.has_text else None,
+    }[config.conditioning]
+    return x, t, y
+
+
+@pytest.mark.parametrize("condition", ["none", "text", "class"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_outputs_equal_those_of_the_published_implementation(root, condition, grad):
+    with safe_open(root / f"tests/data/published_{condition}.safetensors", framework="pt") as file:
+        recorded = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        arguments = json.loads(file.metadata()["arguments"])
+    model = ZigMa(ZigMaConfig.from_published(**arguments)).eval()
+    model.load_state_dict({k.removeprefix("model."): v for k, v in recorded.items() if k.startswith("model.")})
+    with torch.set_grad_enabled(grad):  # attention takes another way where gradients are wanted
+        v = model(recorded["input.x"], recorded["input.t"], recorded.get("input.y"))
+    torch.testing.assert_close(v, recorded["output"], atol=1e-4, rtol=0)
+
+
+def test_parameter_names_and_shapes_are_those_of_the_published_files(root):
+    for name, recorded in json.loads((root / "tests/data/published_shapes.json").read_text()).items():
+        model = ZigMa(ZigMaConfig.from_published(**recorded["config"]), device="meta")
+        assert {k: list(v.shape) for k, v in model.state_dict().items()} == recorded["shapes"], name
+        assert sum(p.numel() for p in model.parameters()) == recorded["params"]
+
+
+PUBLISHED_SIZES = [("S/1", 31.3), ("B/1", 133.8), ("M/2", 266.9), ("L/1", 472.5), ("H/1", 1058.7)]
+
+
+@pytest.mark.parametrize(("preset", "millions"), PUBLISHED_SIZES)
+def test_presets_have_the_published_sizes(preset, millions):
+    model = ZigMa(ZigMaConfig.preset(preset, in_channels=4, img_dim=32), device="meta")
+    # A patch of p x p pixels adds its weights to the first and the last layer.
+    extra = (model.config.patch_size**2 - 1) * 4 * (2 * model.config.embed_dim + 1)
+    assert (sum(p.numel() for p in model.parameters()) - extra) / 1e6 == pytest.approx(millions, abs=0.06)
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+@settings(max_examples=10, deadline=None)
+@given(patch=st.integers(1, 3), rows=st.integers(1, 5), columns=st.integers(1, 5))
+def test_any_rectangle_and_patch_size_keeps_its_shape(condition, patch, rows, columns):
+    model = tiny(condition, img_dim=(patch * rows, patch * columns), patch_size=patch)
+    x, t, y = inputs(model)
+    assert model(x, t, y).shape == x.shape
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_a_batch_is_its_pictures_one_by_one(condition):
+    model = tiny(condition)
+    x, t, y = inputs(model, batch=3)
+    with torch.no_grad():
+        one_by_one = [model(x[i : i + 1], t[i : i + 1], None if y is None else y[i : i + 1]) for i in range(3)]
+        torch.testing.assert_close(model(x, t, y), torch.cat(one_by_one), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("condition", ["class", "text"])
+def test_the_condition_and_the_time_are_looked_at(condition):
+    model = tiny(condition)
+    x, t, y = inputs(model)
+    assert not torch.allclose(model(x, t, y), model(x, t, y.flip(0)), atol=1e-3)
+    assert not torch.allclose(model(x, t, y), model(x, 1 - t, y), atol=1e-3)
+
+
+def test_orders_given_at_construction_or_to_a_call_are_the_same_thing():
+    plain = tiny()
+    orders = [scan_order("hilbert", i, height=4, width=6) for i in range(3)]
+    given_orders = ZigMa(plain.config, orders).eval()
+    given_orders.load_state_dict(plain.state_dict())  # orders are no part of it
+    x, t, _ = inputs(plain)
+    assert torch.equal(plain(x, t, token_orders=orders), given_orders(x, t))
+    assert not torch.allclose(plain(x, t), given_orders(x, t), atol=1e-3)
+    zigzag = [scan_order("zigzag", i, height=4, width=6) for i in range(3)]
+    assert torch.equal(plain(x, t, token_orders=zigzag), plain(x, t))
+
+
+def test_a_turned_picture_in_turned_orders_gives_the_turned_velocity():
+    """Reading order apart, a ZigMa without positions does not know where a token lies."""
+    model = tiny(use_pe=0, img_dim=(4, 4), depth=3)
+    x, t, _ = inputs(model)
+    orders = [scan_order("zigzag", i, height=4, width=4) for i in range(3)]
+    turned = torch.arange(16).view(4, 4).rot90().reshape(-1)  # where the token at a place of the turned picture was
+    moved = [inverse_order(turned)[order] for order in orders]
+    v = model(x, t, token_orders=orders)
+    turned_v = model(x.rot90(dims=(2, 3)), t, token_orders=moved)
+    torch.testing.assert_close(turned_v, v.rot90(dims=(2, 3)), atol=1e-5, rtol=0)
+
+
+def test_another_grid_gets_its_own_orders_and_resampled_positions(caplog):
+    model = tiny()
+    x, t, _ = inputs(model, sides=(6, 8))
+    with torch.no_grad():
+        v, again = model(x, t), model(x, t)
+    assert v.shape == x.shape and torch.equal(v, again)
+    assert caplog.text.count("resampled to 6 x 8") == 1
+    explicit = [scan_order("zigzag", i, height=6, width=8) for i in range(3)]
+    assert torch.equal(model(x, t, token_orders=explicit), v)
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_recomputed_activations_give_the_same_gradients(condition):
+    plain = tiny(condition)
+    saving = ZigMa(dataclasses.replace(plain.config, use_checkpoint=True)).eval()
+    saving.load_state_dict(plain.state_dict())
+    x, t, y = inputs(plain)
+    for model in (plain, saving):
+        model(x, t, y).square().mean().backward()
+    for (name, p), q in zip(plain.named_parameters(), saving.parameters(), strict=True):
+        assert torch.allclose(p.grad, q.grad, atol=1e-6, rtol=1e-4), name
+
+
+def test_every_parameter_has_a_gradient():
+    for condition in CONDITIONS:
+        model = tiny(condition)
+        model(*inputs(model)).square().mean().backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+def test_at_the_start_the_condition_is_not_felt_and_the_steps_are_mambas():
+    model = ZigMa(ZigMaConfig(in_channels=3, embed_dim=32, depth=4, img_dim=4, num_classes=3))
+    x, t, _ = inputs(model)
+    assert torch.equal(model(x, t, torch.tensor([0, 1])), model(x, t, torch.tensor([2, 2])))  # gates at zero
+    mixer = model.blocks[0].mixer
+    steps = torch.nn.functional.softplus(mixer.dt_proj.bias)
+    assert steps.min() >= 1e-3 * 0.99 and steps.max() <= 0.1 * 1.01
+    torch.testing.assert_close(mixer.A_log[0].exp(), torch.arange(1.0, 17.0))
+    bound = math.sqrt(1 / 64) / math.sqrt(4)  # kaiming_uniform(sqrt 5) over sqrt(depth)
+    assert 0.9 * bound < mixer.out_proj.weight.abs().max() <= bound
+
+
+def test_stochastic_depth_drops_in_training_only():
+    model = tiny(drop_path_rate=0.5)
+    x, t, _ = inputs(model, batch=4)
+    assert torch.equal(model(x, t), model(x, t))
+    model.train()
+    torch.manual_seed(0)
+    assert not torch.equal(model(x, t), model(x, t))
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_bfloat16_is_near_float32(condition):
+    model = tiny(condition)
+    x, t, y = inputs(model)
+    expected = model(x, t, y)
+    half = tiny(condition).to(torch.bfloat16)
+    v = half(x.to(torch.bfloat16), t, y.to(torch.bfloat16) if condition == "text" else y)
+    assert v.dtype == torch.bfloat16
+    assert (v.float() - expected).norm() < 0.05 * expected.norm()
+
+
+def test_a_hosts_accessor_is_asked_for_weights_that_kernels_read():
+    class Operations:
+        Linear, Conv1d, Conv2d, Embedding, RMSNorm = (
+            torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Embedding, torch.nn.RMSNorm,
+        )  # fmt: skip
+
+        @staticmethod
+        def read_weights(layer, like):
+            weight, bias = read_weights(layer, like)
+            return 2 * weight, bias
+
+    plain = tiny()
+    patched = ZigMa(plain.config, operations=Operations).eval()
+    patched.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        for block in plain.blocks:
+            block.mixer.conv1d.weight.mul_(2)
+            block.norm.weight.mul_(2)
+        plain.norm_f.weight.mul_(2)
+    x, t, _ = inputs(plain)
+    torch.testing.assert_close(patched(x, t), plain(x, t))
+
+
+@pytest.mark.parametrize(
+    ("condition", "change", "sentence"),
+    [
+        ("none", {"x": torch.zeros(2, 4, 4, 6)}, r"got latents of shape \(2, 4, 4, 6\), expected \(batch, 3, height"),
+        ("none", {"x": torch.zeros(3, 4, 6)}, "got latents of shape"),
+        ("none", {"t": torch.zeros(3)}, r"got times of shape \(3,\), expected one for each of 2"),
+        ("text", {"y": None}, r"got text features of none, expected \(2, tokens, 6\)"),
+        ("text", {"y": torch.zeros(2, 5, 7)}, r"shape \(2, 5, 7\), expected \(2, tokens, 6\)"),
+        ("class", {"y": torch.zeros(2)}, "expected 2 whole numbers from 0 to 2"),
+        ("none", {"token_orders": [torch.arange(24)]}, "got 1 token orders, but this model has 3 layers"),
+        ("none", {"token_orders": [torch.arange(20)] * 3}, "has 20 entries, but the input has 24 tokens"),
+        ("none", {"token_orders": [torch.zeros(24, dtype=torch.long)] * 3}, "no permutation of 0 to 23"),
+    ],
+)
+def test_mistakes_are_named(condition, change, sentence):
+    model = tiny(condition)
+    x, t, y = inputs(model)
+    with pytest.raises(ValueError, match=sentence):
+        model(**{"x": x, "t": t, "y": y, **change})

@@ -99,6 +99,7 @@ def _parser() -> Parser:
     train.add_argument("--data", type=Path, required=True, help="a folder of pictures, or a packed file")
     train.add_argument("--out", type=Path, required=True, help="folder of the run; a run found there is resumed")
     train.add_argument("--autoencoder", type=Path, help="a VAE in TAESD layout, or a model file with one; none: pixels")
+    train.add_argument("--start-from", type=Path, help="a model file whose weights the run starts from")
     train.add_argument("--categories", help="of a packed file, comma-separated (default: all)")
     train.add_argument("--size", type=_positive, default=64, help="sides of a folder's pictures (default: %(default)s)")
     train.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: %(default)s)")
@@ -194,7 +195,10 @@ def train_command(options: argparse.Namespace) -> None:
     autoencoder = None if options.autoencoder is None else read_autoencoder(options.autoencoder)
     options.out.mkdir(parents=True, exist_ok=True)
     data = encode_pictures(pictures, autoencoder, options.out / "latents.safetensors")
-    trainer = Trainer(data, vocabulary_of(pictures), options.out, recipe, autoencoder, options.device)
+    facts = {"categories": categories} if categories else {}
+    trainer = Trainer(data, vocabulary_of(pictures), options.out, recipe, autoencoder, options.device, facts)
+    if options.start_from is not None:
+        trainer.start_from(options.start_from)
     print(trainer.run())
 
 

@@ -45,7 +45,7 @@ def test_wrong_inputs_and_files_are_named(autoencoder):
         autoencoder.encode(torch.zeros(1, 3, 12, 16))
     with pytest.raises(ValueError, match=r"expected \(b, 5, height, width\)"):
         autoencoder.decode(torch.zeros(1, 4, 2, 2))
-    with pytest.raises(ValueError, match="without 'taesd_decoder.1.weight'"):
+    with pytest.raises(ValueError, match=r"without 'taesd_decoder\.1\.weight'"):
         TinyAutoencoder.from_state_dict({})
     state = dict(autoencoder.state_dict())
     with pytest.raises(ValueError, match=r"differs from the TAESD layout in 1 tensors \(extra"):

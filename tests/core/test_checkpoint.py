@@ -63,7 +63,8 @@ def test_the_keys_of_the_model_are_bare_and_those_of_the_others_prefixed(path):
     with safe_open(path, framework="pt") as file:
         keys = set(file.keys())
     expected = set(model.state_dict())
-    expected |= {f"text_encoder.{key}" for key in text.state_dict()} | {f"vae.{key}" for key in autoencoder.state_dict()}
+    expected |= {f"text_encoder.{key}" for key in text.state_dict()}
+    expected |= {f"vae.{key}" for key in autoencoder.state_dict()}
     assert keys == expected
 
 
@@ -82,10 +83,11 @@ def test_orders_travel_with_the_file_and_shared_ones_are_stored_once(tmp_path):
 
 def test_half_precision_is_kept_in_the_file_and_widened_on_loading(path, tmp_path):
     model, _, _ = build()
-    save_checkpoint(model, tmp_path / "half.safetensors", dtype=torch.float16)
-    assert {value.dtype for value in read_checkpoint(tmp_path / "half.safetensors").state_dict.values()} == {torch.float16}
-    assert {p.dtype for p in load_checkpoint(tmp_path / "half.safetensors").parameters()} == {torch.float32}
-    loaded = load_checkpoint(tmp_path / "half.safetensors", dtype=torch.bfloat16)
+    path = tmp_path / "half.safetensors"
+    save_checkpoint(model, path, dtype=torch.float16)
+    assert {value.dtype for value in read_checkpoint(path).state_dict.values()} == {torch.float16}
+    assert {p.dtype for p in load_checkpoint(path).parameters()} == {torch.float32}
+    loaded = load_checkpoint(path, dtype=torch.bfloat16)
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
 
 

@@ -23,7 +23,7 @@ from ..checkpoint import LatentFormat
 from ..text import split_words
 from .emoji import PackedPictures, read_packed
 
-__all__ = ["EncodedPictures", "encode_pictures", "read_pictures", "vocabulary_of"]
+__all__ = ["EncodedPictures", "encode_pictures", "read_autoencoder", "read_pictures", "vocabulary_of"]
 
 log = logging.getLogger(__name__)
 

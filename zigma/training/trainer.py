@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..autoencoder import TinyAutoencoder
-from ..checkpoint import Bundle, save_checkpoint
+from ..checkpoint import Bundle, read_checkpoint, save_checkpoint
 from ..flow import PATHS, choose, flow_loss
 from ..model import ZigMa
 from ..sampling import SamplingSettings, sample
@@ -83,6 +83,7 @@ class Trainer:
         recipe: how to train. What shapes the weights has to be the same when a run is resumed.
         autoencoder: for sample sheets and the finished file; None in pixel space.
         device: where to train.
+        facts: about the data, kept in the finished file's metadata as "zigma.data".
 
     Raises:
         ValueError: the folder holds a run with another architecture or other data.
@@ -90,10 +91,10 @@ class Trainer:
 
     def __init__(
         self, data: EncodedPictures, vocabulary: tuple[str, ...], folder: Path, recipe: Recipe,
-        autoencoder: TinyAutoencoder | None = None, device: torch.device | str = "cpu",
+        autoencoder: TinyAutoencoder | None = None, device: torch.device | str = "cpu", facts: dict | None = None,
     ) -> None:  # fmt: skip
         self.data, self.recipe, self.folder, self.autoencoder = data, recipe, Path(folder), autoencoder
-        self.device = torch.device(device)
+        self.device, self.facts = torch.device(device), facts or {}
         self.folder.mkdir(parents=True, exist_ok=True)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
@@ -108,6 +109,34 @@ class Trainer:
         self.path = choose(PATHS, recipe.flow_path, "flow path")()
         self.step, self.seconds, self.order = 0, 0.0, torch.empty(0, dtype=torch.long)
         self._resume()
+
+    @torch.no_grad()
+    def start_from(self, path: Path) -> None:
+        """Take the initial weights from a model file; does nothing in a run that has begun.
+
+        The text encoder's words are matched by name: those that the file does not know start untrained.
+
+        Raises:
+            ValueError: the file's model has another architecture.
+        """
+        if self.step:
+            return
+        file = read_checkpoint(path)
+        if file.text_config is None:
+            raise ValueError(f"{path} has no text encoder: expected a model file of this trainer")
+        for name in ("in_channels", "embed_dim", "depth", "patch_size", "img_dim", "d_context", "use_pe"):
+            own, stated = getattr(self.net.model.config, name), getattr(file.config, name)
+            if own != stated:
+                raise ValueError(f"{path} has {name} {stated}, but this run {own}: give the run the file's own sizes")
+        self.net.model.load_state_dict(file.state_dict)
+        state, encoder = dict(file.text_state), self.net.text_encoder
+        rows = encoder.words.weight.clone()
+        rows[0] = state["words.weight"][0]
+        known = [(encoder.ids[w], i) for i, w in enumerate(file.text_config.vocabulary, 1) if w in encoder.ids]
+        for own_id, file_id in known:
+            rows[own_id] = state["words.weight"][file_id]
+        encoder.load_state_dict({**state, "words.weight": rows})
+        log.info("started from %s; it knows %d of %d words", path, len(known), len(encoder.ids))
 
     def _make_optimizer(self) -> OptimizerGroup:
         r = self.recipe
@@ -225,6 +254,7 @@ class Trainer:
                 {"steps": self.recipe.sample_steps, "solver": "euler", "guidance": self.recipe.guidance}
             ),
             "zigma.null_condition": "empty prompt",
+            "zigma.data": json.dumps({"pictures": len(self.data.items), **self.facts}),
             "zigma.training": json.dumps(
                 {"steps": self.step, "minutes": round(self.seconds / 60, 1), "recipe": dataclasses.asdict(self.recipe)}
             ),

@@ -1,0 +1,249 @@
+"""The one adapter between ZigMa and the host's classes for models, text encoders and autoencoders.
+
+The host runs time the other way: its sigma is 1 at the noise and 0 at the data, and it wants d x / d sigma. So
+
+    sigma = 1 - t        output = -v
+
+and nothing outside this file knows. Everything else is the host's own: its samplers, LoRA patches, offloading.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import comfy.latent_formats
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import comfy.sd
+import comfy.sd1_clip
+import comfy.supported_models_base
+import torch
+from torch import Tensor
+
+from ..zigma.checkpoint import CheckpointFile, LatentFormat
+from ..zigma.model import ZigMa
+from ..zigma.scan_orders import scan_order
+from ..zigma.text import TextEncoderConfig, WordTextEncoder, split_words
+
+__all__ = ["SCAN_ORDERS", "LayerOrder", "as_zigma", "build_clip", "build_model", "build_vae"]
+
+log = logging.getLogger(__name__)
+
+# Where a graph's token orders travel: transformer_options of a cloned MODEL, which reach `forward` and nothing else.
+SCAN_ORDERS = "zigma_scan_orders"
+
+LayerOrder = tuple[str, int, int]  # (kind, index, seed): what scan_order needs beside the grid
+
+
+class HostZigMa(ZigMa):
+    """ZigMa as the host calls it: sigma instead of time, d x / d sigma instead of the velocity."""
+
+    def __init__(self, *, zigma_file: CheckpointFile, dtype, device, operations, **_) -> None:
+        class Operations(operations):
+            # Kernels bypass a layer's forward; this way they get its weights cast, patched and loaded all the same.
+            read_weights = staticmethod(comfy.ops.cast_bias_weight)
+
+        super().__init__(
+            zigma_file.config, zigma_file.token_orders, operations=Operations, device=device, dtype=dtype
+        )  # fmt: skip
+        self.dtype = dtype
+        self._overridden: dict[tuple, list[Tensor]] = {}
+
+    def forward(self, x: Tensor, timestep: Tensor, context=None, control=None, transformer_options=None, **_) -> Tensor:
+        """x (b, c, h, w), timestep = sigma (b,), context (b, m, d_context) -> d x / d sigma (b, c, h, w)."""
+        schedule = (transformer_options or {}).get(SCAN_ORDERS)
+        orders = None if schedule is None else self._scheduled(schedule, x)
+        t = (1 - timestep.float()).expand(len(x))
+        return -super().forward(x, t, context if self.config.has_text else None, token_orders=orders)
+
+    def _scheduled(self, schedule: tuple[LayerOrder | None, ...], x: Tensor) -> list[Tensor]:
+        """The orders of a graph's schedule for the grid of x; layers that it leaves alone keep the model's own."""
+        p = self.config.patch_size
+        grid = (x.shape[2] // p, x.shape[3] // p)
+        key = (schedule, grid, x.device)
+        if key not in self._overridden:
+            orders = list(self._orders(grid, x.device, None)) if None in schedule else [None] * len(schedule)
+            made: dict[LayerOrder, Tensor] = {}
+            for layer, entry in enumerate(schedule):
+                if entry is not None:
+                    if entry not in made:
+                        made[entry] = make_order(entry, grid).to(x.device)
+                    orders[layer] = made[entry]
+            self._overridden = {key: orders}  # the last one only: a graph uses one at a time
+        return self._overridden[key]
+
+
+def make_order(entry: LayerOrder, grid: tuple[int, int]) -> Tensor:
+    """The order (kind, index, seed) on a grid (height, width) of tokens."""
+    kind, index, seed = entry
+    generator = torch.Generator().manual_seed(seed + index)
+    return scan_order(kind, index, height=grid[0], width=grid[1], generator=generator)
+
+
+class ZigMaLatent(comfy.latent_formats.LatentFormat):
+    """The latent format that a model file states, as the host's class."""
+
+    def __init__(self, latent: LatentFormat) -> None:
+        self.zigma = latent
+        self.latent_channels = latent.channels
+        self.spacial_downscale_ratio = latent.downscale
+        if latent.rgb_factors is not None:
+            self.latent_rgb_factors = [list(row) for row in latent.rgb_factors]
+            self.latent_rgb_factors_bias = None if latent.rgb_bias is None else list(latent.rgb_bias)
+
+    def process_in(self, latent: Tensor) -> Tensor:
+        """Latent of the VAE -> latent of the model."""
+        if latent.shape[1] != self.latent_channels:
+            raise ValueError(
+                f"got a latent of {latent.shape[1]} channels, but this ZigMa model works on {self.latent_channels}: "
+                "encode "
+                "the picture with the VAE that the ZigMa Model Loader gives"
+            )
+        return self.zigma.to_model(latent)
+
+    def process_out(self, latent: Tensor) -> Tensor:
+        """Latent of the model -> latent of the VAE."""
+        return self.zigma.to_vae(latent)
+
+
+class HostConfig(comfy.supported_models_base.BASE):
+    """What the host's BaseModel asks a model's configuration for."""
+
+    sampling_settings = {"shift": 1.0, "multiplier": 1.0}  # noqa: RUF012 - the host's convention; timestep = sigma
+    supported_inference_dtypes = [torch.bfloat16, torch.float32]  # noqa: RUF012
+
+    def __init__(self, file: CheckpointFile) -> None:
+        super().__init__({"zigma_file": file, "in_channels": file.config.in_channels})
+        self.latent_format = ZigMaLatent(file.latent)
+
+    def inpaint_model(self) -> bool:
+        """No: the default takes more than four channels for an inpainting model."""
+        return False
+
+    def get_model(self, state_dict, prefix="", device=None) -> HostModel:
+        """The host's wrapper around an empty network."""
+        return HostModel(self, device=device)
+
+
+class HostModel(comfy.model_base.BaseModel):
+    """The host's wrapper: flow prediction (CONST), sigmas from 1 to 0."""
+
+    def __init__(self, config: HostConfig, device=None) -> None:
+        super().__init__(config, model_type=comfy.model_base.ModelType.FLOW, device=device, unet_model=HostZigMa)
+
+
+def build_model(file: CheckpointFile):
+    """A host MODEL (ModelPatcher) with the denoiser of a file."""
+    management = comfy.model_management
+    parameters = sum(tensor.numel() for tensor in file.state_dict.values())
+    device, offload = management.get_torch_device(), management.unet_offload_device()
+    supported = HostConfig.supported_inference_dtypes
+    dtype = management.unet_dtype(model_params=parameters, supported_dtypes=supported)
+    config = HostConfig(file)
+    config.set_inference_dtype(dtype, management.unet_manual_cast(dtype, device, supported))
+    model = config.get_model(file.state_dict, device=offload)
+    model.diffusion_model.load_state_dict(file.state_dict)
+    model.eval().requires_grad_(False)
+    # What newer hosts use for their own models, with finer offloading; it has another name there.
+    patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+    return patcher(model, load_device=device, offload_device=offload)
+
+
+def as_zigma(model) -> HostZigMa:
+    """The network inside a host MODEL.
+
+    Raises:
+        ValueError: it is another kind of model.
+    """
+    network = model.model.diffusion_model
+    if not isinstance(network, HostZigMa):
+        raise ValueError(
+            f"got a MODEL of the kind {type(network).__name__}, expected a ZigMa: connect the MODEL of the ZigMa Model "
+            "Loader"
+        )
+    return network
+
+
+class HostTextModel(torch.nn.Module):
+    """The word-level text encoder behind the interface of the host's CLIP objects."""
+
+    def __init__(self, zigma_config: TextEncoderConfig, dtype=None, device=None, model_options=None) -> None:
+        super().__init__()
+        self.dtypes = {dtype}
+        self.encoder = WordTextEncoder(zigma_config, operations=comfy.ops.manual_cast, device=device, dtype=dtype)
+
+    def set_clip_options(self, options: dict) -> None:
+        """Layer and projection choices of CLIP: this encoder has none."""
+
+    def reset_clip_options(self) -> None:
+        """Nothing to reset."""
+
+    def load_sd(self, state: dict[str, Tensor]):
+        """Load the encoder's tensors."""
+        return self.encoder.load_state_dict(state)
+
+    def encode_token_weights(self, tokens: dict[str, list]) -> tuple[Tensor, None]:
+        """[(word id, weight), ...] -> features (b, length, width); weight 1 is neutral, 0 the empty prompt."""
+        device = comfy.model_management.text_encoder_device()
+        pairs = torch.tensor(tokens["zigma"], dtype=torch.float64)  # (b, length, 2): ids stay exact
+        ids, weights = pairs[..., 0].long().to(device), pairs[..., 1].to(device, torch.float32)
+        features = self.encoder(ids).float()
+        if (weights != 1).any():
+            empty = self.encoder(torch.zeros_like(ids)).float()
+            features = empty + (features - empty) * weights[..., None]
+        return features.to(comfy.model_management.intermediate_device()), None
+
+
+class HostTokenizer:
+    """Prompts as the host writes them, "(word:1.2)" included, to word ids with weights."""
+
+    def __init__(self, config: TextEncoderConfig, embedding_directory=None, tokenizer_data=None) -> None:
+        self.config = config
+        self.words = WordTextEncoder(config, device="meta")  # its vocabulary; the weights are elsewhere
+
+    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **_) -> dict[str, list]:
+        """{"zigma": [[(id, weight), ...]]}, one row of the encoder's length; logs what it cannot see."""
+        parts = comfy.sd1_clip.token_weights(comfy.sd1_clip.escape_important(text), 1.0)
+        parts = [(comfy.sd1_clip.unescape_important(part), weight) for part, weight in parts]
+        self.words.warn([" ".join(part for part, _ in parts)])
+        ids = self.words.ids
+        row = [(ids[word], weight) for part, weight in parts for word in split_words(part) if word in ids]
+        row = row[: self.config.length]
+        return {"zigma": [row + [(0, 1.0)] * (self.config.length - len(row))]}
+
+    def untokenize(self, token_weight_pair: list) -> list:
+        """Each pair with its word, as some nodes show them."""
+        names = ("", *self.config.vocabulary)
+        return [(pair, names[pair[0]]) for pair in token_weight_pair]
+
+    def state_dict(self) -> dict:
+        """Nothing beside the encoder's weights."""
+        return {}
+
+
+def build_clip(file: CheckpointFile):
+    """A host CLIP with the text encoder of a file, or None if it has none. In float32: it is tiny."""
+    if file.text_config is None:
+        return None
+    target = comfy.supported_models_base.ClipTarget(functools.partial(HostTokenizer, file.text_config), HostTextModel)
+    target.params = {"zigma_config": file.text_config}
+    parameters = sum(tensor.numel() for tensor in file.text_state.values())
+    clip = comfy.sd.CLIP(target, parameters=parameters, model_options={"dtype": torch.float32})
+    clip.cond_stage_model.eval().requires_grad_(False)
+    clip.load_sd(file.text_state)
+    return clip
+
+
+def build_vae(file: CheckpointFile):
+    """A host VAE with the autoencoder of a file, the host's own for models in pixel space, or None if there is none."""
+    if file.latent.pixel_space:
+        return comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
+    if file.vae_state is None:
+        return None
+    # float32 like the command line's: the host picks the dtype it computes in.
+    vae = comfy.sd.VAE(sd={key: value.float() for key, value in file.vae_state.items()})
+    vae.throw_exception_if_invalid()
+    return vae

@@ -1,0 +1,52 @@
+"""An empty latent in the shape that a ZigMa model works on."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import torch
+from comfy_api.latest import io
+
+from .comfy_model import as_zigma
+
+
+class ZigMaEmptyLatent(io.ComfyNode):
+    """Channels and scale come from the model, the size too unless it is given."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """What the host shows."""
+        sides = {"min": 0, "max": 8192, "step": 8, "default": 0}
+        return io.Schema(
+            node_id="ZigMaEmptyLatent",
+            display_name="ZigMa Empty Latent",
+            category="ZigMa",
+            description="An empty latent with the channels and the size that the model was trained on.",
+            inputs=[
+                io.Model.Input("model", tooltip="A ZigMa model: it knows its channels, scale and size."),
+                io.Int.Input("width", **sides, tooltip="Of the picture, in pixels; 0 is the width it was trained on."),
+                io.Int.Input("height", **sides, tooltip="Of the picture, in pixels; 0 is the height it was trained "
+                "on."),
+                io.Int.Input("batch_size", default=1, min=1, max=4096, tooltip="Pictures drawn at once."),
+            ],
+            outputs=[io.Latent.Output(tooltip="For ZigMa Sampler or KSampler.")],
+        )
+
+    @classmethod
+    def execute(cls, model, width: int, height: int, batch_size: int) -> io.NodeOutput:
+        """Zeros; the sampler fills in the noise."""
+        config = as_zigma(model).config
+        downscale = model.get_model_object("latent_format").zigma.downscale
+        sides = []
+        for name, pixels, own in (("height", height, config.img_dim[0]), ("width", width, config.img_dim[1])):
+            unit = downscale * config.patch_size
+            if pixels % unit:
+                nearest = max(1, round(pixels / unit)) * unit
+                raise ValueError(
+                    f"got the {name} {pixels}, expected a multiple of {unit} pixels (one token of this model): try "
+                    f"{nearest}"
+                )
+            sides.append(pixels // downscale or own)
+        latent = torch.zeros(
+            [batch_size, config.in_channels, *sides], device=comfy.model_management.intermediate_device()
+        )  # fmt: skip
+        return io.NodeOutput({"samples": latent, "downscale_ratio_spacial": downscale})

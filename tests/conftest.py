@@ -26,6 +26,17 @@ def _load_zigma() -> None:
 _load_zigma()
 
 
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Say loudly when nothing ran in a real host."""
+    reasons = {report.longrepr[2] for report in terminalreporter.stats.get("skipped", []) if len(report.longrepr) == 3}
+    if any("NO COMFYUI FOUND" in reason for reason in reasons):
+        terminalreporter.section("NO COMFYUI FOUND", sep="!", red=True, bold=True)
+        terminalreporter.write_line(
+            "The tests in a real ComfyUI were SKIPPED: say where one is, as in "
+            "`make test COMFYUI_PATH=~/ComfyUI` (several: separated by a colon, on Windows by a semicolon)."
+        )
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The root of the checkout."""

@@ -33,7 +33,7 @@ def find_hosts() -> list[Path]:
     stated = [Path(part).expanduser() for part in parts if part.strip()]
     for path in stated:
         if not _is_host(path):
-    parts = os.environ.get("COMFYUI_PATH", "").split(os.pathsep)
+            raise FileNotFoundError(f"COMFYUI_PATH names {path}, but no ComfyUI is there: expected one with main.py")
     if stated:
         return stated
     home, above = Path.home(), PACK.parent.parent

@@ -1,0 +1,320 @@
+"""Checks that run inside a ComfyUI, under its interpreter: `python inside.py HOST BASE CHECK...` prints JSON lines.
+
+No pytest there: a check is a function that asserts. The model is a tiny random one in BASE/models/diffusion_models.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+import logging
+import sys
+import traceback
+from pathlib import Path
+from types import SimpleNamespace
+
+HOST, BASE = Path(sys.argv[1]), Path(sys.argv[2])
+sys.path.insert(0, str(HOST))
+sys.argv = ["main.py", "--cpu", "--base-directory", str(BASE), "--database-url", "sqlite:///:memory:"]
+
+import comfy.options  # noqa: E402
+
+comfy.options.enable_args_parsing()
+
+import comfy.sample  # noqa: E402
+import comfy.utils  # noqa: E402
+import torch  # noqa: E402
+
+import nodes as stock  # noqa: E402
+
+TINY = "tiny.safetensors"
+
+
+def load_pack() -> SimpleNamespace:
+    """The pack as the host loads it: by path, under a name of the host's making."""
+    if not asyncio.run(stock.load_custom_node(str(BASE / "custom_nodes" / "ZigMa"), module_parent="custom_nodes")):
+        raise RuntimeError("the host could not load the pack")
+    entries = [m for m in list(sys.modules.values()) if hasattr(m, "comfy_entrypoint")]
+    entry = next(m for m in entries if "ZigMa" in str(m.__file__))
+
+    def part(name: str):
+        return importlib.import_module(f"{entry.__name__}.{name}")
+
+    return SimpleNamespace(
+        part=part, node=lambda name: stock.NODE_CLASS_MAPPINGS[name], sampling=part("zigma.sampling"),
+        checkpoint=part("zigma.checkpoint"), file=BASE / "models" / "diffusion_models" / TINY,
+    )  # fmt: skip
+
+
+def loaded(pack, name: str = TINY):
+    return pack.node("ZigMaModelLoader").execute(name).result
+
+
+def encode(clip, text: str):
+    return stock.CLIPTextEncode().encode(clip, text)[0]
+
+
+def stock_pictures(model, clip, vae, latent, prompt="red fox", seed=3, steps=10, cfg=2.0, denoise=1.0):
+    positive, negative = encode(clip, prompt), encode(clip, "")
+    latent = stock.common_ksampler(
+        model, seed, steps, cfg, "euler", "simple", positive, negative, latent, denoise=denoise
+    )[0]  # fmt: skip
+    return stock.VAEDecode().decode(vae, latent)[0]
+
+
+def our_pictures(
+    pack, model, clip, vae, latent, prompt="red fox", seed=3, steps=10, cfg=2.0, solver="euler", denoise=1.0
+):
+    positive, negative = encode(clip, prompt), encode(clip, "")
+    sampler, decode = pack.node("ZigMaSampler"), pack.node("ZigMaVAEDecode")
+    latent = sampler.execute(model, positive, negative, latent, seed, steps, cfg, solver, denoise).result[0]
+    return decode.execute(latent, vae, 1).result[0]
+
+
+def empty(pack, model, batch=1, width=0, height=0):
+    return pack.node("ZigMaEmptyLatent").execute(model, width, height, batch).result[0]
+
+
+def command_line(pack, prompt="red fox", count=1, **settings):
+    """What the command line draws: IMAGE (b, h, w, 3) in [0, 1]."""
+    bundle = pack.checkpoint.load_bundle(pack.file)
+    chosen = pack.sampling.SamplingSettings(**{"steps": 10, "solver": "euler", "guidance": 2.0, **settings})
+    with torch.inference_mode(False):
+        images = pack.sampling.sample(bundle, [prompt], count=count, seed=3, settings=chosen)
+    return images.movedim(1, -1) / 2 + 0.5
+
+
+def close(got, expected, limit=1e-3):
+    assert got.shape == expected.shape, (got.shape, expected.shape)
+    difference = (got - expected).abs().max().item()
+    assert difference < limit, f"differs by {difference:.2e}, limit {limit:.0e}"
+
+
+def refused(call, *words):
+    try:
+        call()
+    except ValueError as error:
+        assert all(word in str(error) for word in words) and "\n" not in str(error), str(error)
+        return
+    raise AssertionError(f"nothing was refused; expected a sentence with {words}")
+
+
+def check_every_node_has_tooltips_and_a_help_page(pack):
+    names = [name for name in stock.NODE_CLASS_MAPPINGS if name.startswith("ZigMa")]
+    assert len(names) == 5, names
+    for name in names:
+        schema = pack.node(name).define_schema()
+        for slot in [*schema.inputs, *schema.outputs]:
+            assert slot.tooltip, (name, slot)
+        assert schema.description and (BASE / "custom_nodes/ZigMa/web/docs" / f"{name}.md").is_file()
+        page = (BASE / "custom_nodes/ZigMa/web/docs" / f"{name}.md").read_text(encoding="utf-8")
+        missing = [slot.id for slot in schema.inputs if slot.id not in page]
+        assert not missing, f"{name}.md does not speak of {missing}"
+
+
+def check_ksampler_equals_the_command_line(pack):
+    model, clip, vae = loaded(pack)
+    close(stock_pictures(model, clip, vae, empty(pack, model)), command_line(pack))
+
+
+def check_a_batch_and_no_guidance_equal_the_command_line(pack):
+    model, clip, vae = loaded(pack)
+    got = stock_pictures(model, clip, vae, empty(pack, model, batch=3), cfg=1.0, steps=20)
+    close(got, command_line(pack, count=3, steps=20, guidance=1.0))
+
+
+def check_our_sampler_equals_ksampler(pack):
+    model, clip, vae = loaded(pack)
+    latent = empty(pack, model, batch=2)
+    close(our_pictures(pack, model, clip, vae, latent), stock_pictures(model, clip, vae, latent))
+
+
+def check_our_solvers_equal_the_command_line(pack):
+    model, clip, vae = loaded(pack)
+    for solver in ("heun", "midpoint", "rk4", "dopri5"):
+        close(
+            our_pictures(pack, model, clip, vae, empty(pack, model), solver=solver),
+            command_line(pack, solver=solver),
+            1e-2,
+        )
+
+
+def check_an_sde_repeats_with_its_seed_and_differs_from_the_ode(pack):
+    model, clip, vae = loaded(pack)
+    draw = [
+        our_pictures(pack, model, clip, vae, empty(pack, model), solver="sde-euler-maruyama", seed=s) for s in (3, 3, 4)
+    ]
+    assert torch.equal(draw[0], draw[1]) and not torch.allclose(draw[0], draw[2], atol=1e-3)
+    assert not torch.allclose(draw[0], our_pictures(pack, model, clip, vae, empty(pack, model)), atol=1e-3)
+
+
+def check_a_stock_empty_latent_does_as_well(pack):
+    model, clip, vae = loaded(pack)
+    ours = empty(pack, model, width=48, height=32)["samples"]
+    stock_latent = stock.EmptyLatentImage().generate(48, 32, 1)[0]
+    assert ours.shape[2:] == stock_latent["samples"].shape[2:]
+    close(stock_pictures(model, clip, vae, stock_latent), stock_pictures(model, clip, vae, {"samples": ours}), 1e-6)
+
+
+def check_another_size_works(pack):
+    model, clip, vae = loaded(pack)
+    pictures = our_pictures(pack, model, clip, vae, empty(pack, model, width=64, height=32))
+    assert pictures.shape == (1, 32, 64, 3) and pictures.isfinite().all()
+
+
+def check_image_to_image_keeps_more_with_less_denoise(pack):
+    model, clip, vae = loaded(pack)
+    source = stock_pictures(model, clip, vae, empty(pack, model), prompt="fox", seed=9)
+    latent = stock.VAEEncode().encode(vae, source)[0]
+    kept = our_pictures(pack, model, clip, vae, latent, denoise=0.01)
+    round_trip = stock.VAEDecode().decode(vae, latent)[0]
+    assert (kept - round_trip).abs().mean() < 0.1 * (
+        our_pictures(pack, model, clip, vae, latent) - round_trip
+    ).abs().mean()
+
+
+def check_scan_orders_reach_the_model_and_leave_the_original_alone(pack):
+    model, clip, vae = loaded(pack)
+    latent, node = empty(pack, model), pack.node("ZigMaScanOrder")
+    before = stock_pictures(model, clip, vae, latent)
+    changed, drawing = node.execute(model, "hilbert", "0-7", "all", 0).result
+    assert drawing.shape[0] == 1 and drawing.shape[-1] == 3
+    other = stock_pictures(changed, clip, vae, latent)
+    assert not torch.allclose(other, before, atol=1e-4)
+    assert torch.equal(stock_pictures(model, clip, vae, latent), before)
+    own = node.execute(model, "zigzag", "0-7", "all", 0).result[0]  # what the model was made with
+    assert torch.equal(stock_pictures(own, clip, vae, latent), before)
+    bundle = pack.checkpoint.load_bundle(pack.file)
+    orders = [pack.part("zigma.scan_orders").scan_order("hilbert", i, height=2, width=3) for i in range(2)]
+    x, t = torch.randn(1, 4, *bundle.model.config.img_dim), torch.tensor([0.3])
+    y = bundle.text_encoder.encode(["fox"])
+    v = -changed.model.diffusion_model(
+        x, 1 - t, y, transformer_options=changed.model_options["transformer_options"]
+    )  # fmt: skip
+    close(v, bundle.model(x, t, y, token_orders=orders), 1e-5)
+
+
+def check_two_scan_order_nodes_make_one_schedule(pack):
+    model, *_ = loaded(pack)
+    node = pack.node("ZigMaScanOrder")
+    first = node.execute(model, "sweep", "3", "0", 0).result[0]
+    second = node.execute(first, "random", "5", "1", 7).result[0]
+    key = pack.part("nodes.comfy_model").SCAN_ORDERS
+    assert second.model_options["transformer_options"][key] == (("sweep", 3, 0), ("random", 5, 7))
+    assert first.model_options["transformer_options"][key] == (("sweep", 3, 0), None)
+
+
+def check_a_lora_patches_the_kernels_weights_too(pack):
+    """A patch on a weight that a kernel reads, not its layer: felt, and gone without the patch."""
+    model, clip, vae = loaded(pack)
+    latent = empty(pack, model)
+    before = stock_pictures(model, clip, vae, latent)
+    # Not A_log, D and pos_embed: a host leaves patches of parameters outside leaf modules out, of any model.
+    for name in ("blocks.0.mixer.conv1d.weight", "blocks.1.norm.weight", "blocks.0.mixer.in_proj.weight"):
+        patched = model.clone()
+        key = f"diffusion_model.{name}"
+        weight = comfy.utils.get_attr(model.model, key)
+        assert patched.add_patches({key: ("diff", (torch.ones_like(weight),))}, 1.0) == [key]
+        assert not torch.allclose(stock_pictures(patched, clip, vae, latent), before, atol=1e-4), name
+    assert torch.equal(stock_pictures(model, clip, vae, latent), before)
+
+
+def check_prompt_weights_and_unknown_words(pack):
+    _, clip, _ = loaded(pack)
+    plain, weighted, none = (encode(clip, text)[0][0] for text in ("red fox", "red (fox:1.5)", "red (fox:0)"))
+    assert not torch.allclose(plain, weighted) and not torch.allclose(weighted, none)
+    bundle = pack.checkpoint.load_bundle(pack.file)
+    close(plain, bundle.text_encoder.encode(["red fox"]), 1e-5)
+    close(encode(clip, "")[0][0], bundle.text_encoder.encode([""]), 1e-5)
+    records = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    logging.getLogger().addHandler(handler)
+    encode(clip, "red ufo")
+    logging.getLogger().removeHandler(handler)
+    assert any("lacks them: ufo" in text for text in records), records
+
+
+def check_conditioning_nodes_work(pack):
+    model, clip, _ = loaded(pack)
+    red, fox = encode(clip, "red"), encode(clip, "fox")
+    for conditioning in (
+        stock.ConditioningCombine().combine(red, fox)[0], stock.ConditioningConcat().concat(red, fox)[0],
+        stock.ConditioningAverage().addWeighted(red, fox, 0.5)[0], stock.ConditioningZeroOut().zero_out(red)[0],
+    ):  # fmt: skip
+        latent = stock.common_ksampler(model, 0, 4, 2.0, "euler", "simple", conditioning, red, empty(pack, model))[0]
+        assert latent["samples"].isfinite().all()
+
+
+def check_the_stock_vae_loader_reads_the_autoencoder_alone(pack):
+    _, _, vae = loaded(pack)
+    alone = stock.VAELoader().load_vae("tiny_vae.safetensors")[0]
+    latent = {"samples": torch.randn(1, 4, 4, 6)}
+    close(stock.VAEDecode().decode(alone, latent)[0], stock.VAEDecode().decode(vae, latent)[0], 1e-5)
+
+
+def check_a_model_in_pixel_space_works(pack):
+    model, clip, vae = loaded(pack, "pixels.safetensors")
+    pictures = our_pictures(pack, model, clip, vae, empty(pack, model))
+    assert pictures.shape == (1, 4, 6, 3)
+    close(stock_pictures(model, clip, vae, empty(pack, model)), pictures)
+
+
+def check_a_file_without_parts_gives_what_it_has(pack):
+    model, clip, vae = loaded(pack, "bare.safetensors")
+    assert model is not None and clip is None and vae is None
+
+
+def check_mistakes_are_named(pack):
+    model, clip, vae = loaded(pack)
+    text = encode(clip, "fox")
+    node, sampler = pack.node("ZigMaScanOrder"), pack.node("ZigMaSampler")
+    refused(lambda: loaded(pack, "gone.safetensors"), "got the model 'gone.safetensors'", "put it there")
+    refused(lambda: loaded(pack, "broken.safetensors"), "cannot be read as safetensors", "get the file again")
+    refused(lambda: empty(pack, model, width=40), "multiple of 16 pixels", "try 32")
+    refused(lambda: node.execute(model, "zigzag", "9", "all", 0), "expected numbers from 0 to 7: there is no 9")
+    refused(lambda: node.execute(model, "zigzag", "0", "2", 0), "got the layers '2'", "from 0 to 1")
+    refused(lambda: node.execute(model, "zigzag", "x", "all", 0), "got the variants 'x', expected numbers and ranges")
+    refused(lambda: node.execute(model, "random", "all", "all", 0), "expected a few")
+    wrong = {"samples": torch.ones(1, 5, 4, 6)}
+    refused(
+        lambda: sampler.execute(model, text, text, wrong, 0, 4, 2.0, "euler", 1.0), "latent of 5 channels", "works on 4"
+    )
+    refused(lambda: pack.node("ZigMaVAEDecode").execute(wrong, vae, 1), "latent of 5 channels and a VAE for 4")
+    foreign = [[torch.zeros(1, 77, 768), {}]]
+    latent = empty(pack, model)
+    refused(
+        lambda: sampler.execute(model, foreign, foreign, latent, 0, 4, 2.0, "euler", 1.0),
+        "got text features",
+        "text encoder",
+    )
+    alien = SimpleNamespace(model=SimpleNamespace(diffusion_model=torch.nn.Linear(1, 1)))
+    refused(lambda: node.execute(alien, "zigzag", "0", "all", 0), "of the kind Linear, expected a ZigMa")
+
+
+def check_previews_are_pictures(pack):
+    import latent_preview
+
+    model, *_ = loaded(pack)
+    form = model.get_model_object("latent_format")
+    assert len(form.latent_rgb_factors) == form.latent_channels == 4
+    previewer = latent_preview.Latent2RGBPreviewer(form.latent_rgb_factors, form.latent_rgb_factors_bias)
+    assert previewer.decode_latent_to_preview(torch.randn(1, 4, 4, 6)).size == (6, 4)
+
+
+def main() -> None:
+    pack = load_pack()
+    with torch.inference_mode():  # as the host runs nodes
+        for name, check in list(globals().items()):
+            if name.startswith("check_"):
+                try:
+                    check(pack)
+                    problem = None
+                except BaseException:
+                    problem = traceback.format_exc()
+                print("CHECK " + json.dumps({"name": name, "problem": problem}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

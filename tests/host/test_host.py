@@ -1,0 +1,156 @@
+"""The pack in a real ComfyUI: checks inside its process, and workflows through its server.
+
+Hosts: COMFYUI_PATH (one or several), the host this pack is installed in, ~/comfy/ComfyUI, ~/ComfyUI*. Each runs under
+its own virtual environment's interpreter, or COMFYUI_PYTHON.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from zigma.assets import available_models
+from zigma.autoencoder import TinyAutoencoder
+from zigma.checkpoint import LatentFormat, save_checkpoint
+from zigma.config import ZigMaConfig
+from zigma.model import ZigMa
+from zigma.text import TextEncoderConfig, WordTextEncoder
+
+ROOT = Path(__file__).resolve().parents[2]
+INSIDE = Path(__file__).with_name("inside.py")
+CHECKS = re.findall(r"^def (check_\w+)", INSIDE.read_text(encoding="utf-8"), re.MULTILINE)
+
+_spec = importlib.util.spec_from_file_location("zigma_tools_host", ROOT / "tools/host.py")
+hosts = importlib.util.module_from_spec(_spec)
+sys.modules[_spec.name] = hosts
+_spec.loader.exec_module(hosts)
+
+FOUND = hosts.find_hosts()
+pytestmark = [
+    pytest.mark.host,
+    pytest.mark.skipif(not FOUND, reason="NO COMFYUI FOUND: nothing was tested in a real host; set COMFYUI_PATH"),
+]
+
+
+def write_models(base: Path) -> None:
+    """Tiny random models of the kinds that the checks ask for."""
+    folder = base / "models" / "diffusion_models"
+    (base / "models" / "vae").mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    text = WordTextEncoder(TextEncoderConfig(("red", "green", "apple", "fox"), length=6, width=16))
+    autoencoder = TinyAutoencoder(4)
+    fields = {"embed_dim": 32, "depth": 2, "patch_size": 2, "use_pe": 2, "has_text": True, "d_context": 16}
+
+    def model(**more) -> ZigMa:
+        torch.manual_seed(0)
+        model = ZigMa(ZigMaConfig(**{**fields, **more}))
+        with torch.no_grad():
+            for parameter in model.parameters():  # at its initial zeros a model would not look at its condition
+                if parameter.dim() > 1:
+                    parameter.copy_(torch.randn(parameter.shape) / parameter[0].numel() ** 0.5)
+        return model
+
+    latent = LatentFormat(4, scale=(0.5, 1.0, 2.0, 1.5), shift=(0.1, 0.0, -0.2, 0.3),
+                          rgb_factors=[[0.1, 0.2, 0.3]] * 4, rgb_bias=(0.0, 0.1, 0.2))  # fmt: skip
+    full = model(in_channels=4, img_dim=(4, 6))
+    save_checkpoint(full, folder / "tiny.safetensors", text_encoder=text, autoencoder=autoencoder, latent=latent)
+    save_checkpoint(full, folder / "bare.safetensors", latent=latent)
+    pixels = model(in_channels=3, img_dim=(4, 6), patch_size=1)
+    save_checkpoint(pixels, folder / "pixels.safetensors", text_encoder=text, latent=LatentFormat(3, downscale=1))
+    save_file(autoencoder.state_dict(), base / "models" / "vae" / "tiny_vae.safetensors")
+    (folder / "broken.safetensors").write_bytes(b"<html>not found</html>")
+
+
+@pytest.fixture(scope="session", params=FOUND or [None], ids=[path.name for path in FOUND] or ["none"])
+def host(request):
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def base(host, tmp_path_factory):
+    folder = hosts.make_base(tmp_path_factory.mktemp("base"))
+    write_models(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def answers(host, base):
+    """Every check's problem, or None, from one process inside the host."""
+    command = [hosts.interpreter(host), INSIDE, host, base]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=base)
+    lines = [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("CHECK ")]
+    assert lines, f"{host} ran no checks:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return {line["name"]: line["problem"] for line in lines}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_inside(answers, name):
+    assert name in answers, f"the process ended before this check; it ran {list(answers)}"
+    if answers[name]:
+        pytest.fail(answers[name], pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def server(host, base):
+    with hosts.running(host, base) as running:
+        yield running
+
+
+def graph(**changes) -> dict:
+    """The shipped workflow on the tiny model; changes as node__input=value."""
+    workflow = json.loads((ROOT / "workflows/api/emoji.json").read_text(encoding="utf-8"))
+    changes = {"1__model_name": "tiny.safetensors", "2__text": "red fox", "5__steps": 4, **changes}
+    for key, value in changes.items():
+        node, name = key.split("__")
+        workflow[node]["inputs"][name] = value
+    return workflow
+
+
+def test_a_workflow_runs_through_the_server(server):
+    pictures = server.run(graph())
+    sizes = [Image.open(io.BytesIO(data)).size for data in pictures.values()]
+    assert sizes == [(4 * 48, 4 * 32)] * 4
+
+
+def test_mistakes_come_back_as_one_sentence(server):
+    with pytest.raises(hosts.HostError, match=r"ZigMaModelLoader: .*gone\.safetensors"):
+        server.run(graph(**{"1__model_name": "gone.safetensors"}))
+    with pytest.raises(hosts.HostError, match=r"ZigMaModelLoader: .*broken\.safetensors.*get the file again"):
+        server.run(graph(**{"1__model_name": "broken.safetensors"}))
+    with pytest.raises(hosts.HostError, match="ZigMaEmptyLatent: got the width 40, expected a multiple of 16"):
+        server.run(graph(**{"4__width": 40}))
+
+
+def test_the_server_shows_help_pages_and_tooltips(server):
+    facts = server.ask("/object_info/ZigMaSampler")["ZigMaSampler"]
+    assert facts["input"]["required"]["steps"][1]["tooltip"] and facts["display_name"] == "ZigMa Sampler"
+    import urllib.request
+
+    with urllib.request.urlopen(f"{server.url}/extensions/ZigMa/docs/ZigMaSampler.md") as page:
+        assert page.read().decode().startswith("# ZigMa Sampler")
+
+
+@pytest.mark.skipif(not available_models(), reason="the demo model is not in place")
+def test_the_demo_is_in_the_list_without_a_copy(server):
+    options = server.ask("/object_info/ZigMaModelLoader")["ZigMaModelLoader"]["input"]["required"]["model_name"]
+    names = options[0] if isinstance(options[0], list) else options[1]["options"]
+    assert names[0] == "demo" and "tiny.safetensors" in names
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "workflows/api").glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.skipif(not available_models(), reason="the demo model is not in place")
+def test_every_shipped_workflow_draws(server, path):
+    pictures = server.run(json.loads(path.read_text(encoding="utf-8")))
+    assert pictures
+    for data in pictures.values():
+        assert len(set(Image.open(io.BytesIO(data)).convert("L").tobytes())) > 20, "an empty picture"

@@ -1,0 +1,89 @@
+"""What can be known of the pack without a host: entry point, help pages, workflows. The rest is in tests/host."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = sorted((ROOT / "nodes").glob("*.py"))
+NODE_IDS = sorted(
+    match for path in SOURCES for match in re.findall(r'node_id="(\w+)"', path.read_text(encoding="utf-8"))
+)  # fmt: skip
+# Stock nodes that workflows use; whether they exist is asked in a real host, which runs the workflows.
+STOCK = {"CLIPTextEncode", "SaveImage", "MarkdownNote", "KSampler", "VAEDecode", "PreviewImage"}
+API = sorted((ROOT / "workflows/api").glob("*.json"))
+
+
+def test_the_entry_point_does_nothing_before_it_is_asked(monkeypatch):
+    spec = importlib.util.spec_from_file_location("some_mangled.name", ROOT / "__init__.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (ROOT / module.WEB_DIRECTORY).is_dir()
+    assert not hasattr(module, "NODE_CLASS_MAPPINGS")  # a host would then ignore the V3 nodes
+    with pytest.raises(ImportError):  # nodes need the host
+        asyncio.run(module.comfy_entrypoint())
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_nodes_import_zigma_relatively_and_one_file_the_hosts_model_classes(path):
+    for item in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = [alias.name for alias in item.names] if isinstance(item, ast.Import) else []
+        names += [item.module or ""] if isinstance(item, ast.ImportFrom) and item.level == 0 else []
+        for name in names:
+            assert name.split(".")[0] not in ("zigma", "nodes"), name
+            adapter = name in ("comfy.model_base", "comfy.model_patcher", "comfy.sd", "comfy.supported_models_base")
+            assert not adapter or path.name == "comfy_model.py", name
+
+
+@pytest.mark.parametrize("node", NODE_IDS)
+def test_every_node_has_a_help_page_with_an_example(node):
+    page = (ROOT / "web/docs" / f"{node}.md").read_text(encoding="utf-8")
+    for heading in ("| Input | Meaning |", "| Output | Meaning |", "## Example", "## Common mistakes"):
+        assert heading in page
+
+
+def test_there_is_no_help_page_without_a_node():
+    assert sorted(path.stem for path in (ROOT / "web/docs").glob("*.md")) == NODE_IDS and len(NODE_IDS) == 5
+
+
+@pytest.mark.parametrize("path", API, ids=lambda path: path.stem)
+def test_workflows_use_known_nodes_and_the_two_formats_say_the_same(path):
+    api = json.loads(path.read_text(encoding="utf-8"))
+    ui = json.loads((ROOT / "workflows" / path.name).read_text(encoding="utf-8"))
+    assert {node["class_type"] for node in api.values()} <= {*NODE_IDS, *STOCK}
+    assert _as_api(ui) == {key: {"class_type": n["class_type"], "inputs": n["inputs"]} for key, n in api.items()}
+
+
+def test_every_workflow_is_there_in_both_formats():
+    assert [path.name for path in API] == sorted(path.name for path in (ROOT / "workflows").glob("*.json"))
+
+
+def _as_api(ui: dict) -> dict:
+    """The UI format as the frontend would send it."""
+    links = {link[0]: [str(link[1]), link[2]] for link in ui["links"]}
+    sent = {}
+    for node in ui["nodes"]:
+        if node["type"] == "MarkdownNote":
+            continue
+        values, inputs = list(node["widgets_values"]), {}
+        for slot in node["inputs"]:
+            if "widget" in slot:
+                inputs[slot["name"]] = values.pop(0)
+                if slot["name"] == "seed":
+                    assert values.pop(0) in ("fixed", "randomize", "increment", "decrement")
+            else:
+                inputs[slot["name"]] = links[slot["link"]]
+        assert not values
+        sent[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    for number, source, slot, target, target_slot, _ in ui["links"]:
+        by_id = {node["id"]: node for node in ui["nodes"]}
+        assert by_id[target]["inputs"][target_slot]["link"] == number
+        assert number in by_id[source]["outputs"][slot]["links"]
+    return sent

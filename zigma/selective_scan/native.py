@@ -13,6 +13,7 @@ _DTYPES = {torch.float32: native_library.FLOAT32, torch.bfloat16: native_library
 
 
 def unavailable() -> str | None:
+    """Why the kernel cannot run on this machine, with the remedy, or None."""
     try:
         native_library.load()
     except NativeUnavailable as error:
@@ -21,6 +22,7 @@ def unavailable() -> str | None:
 
 
 def unsupported(*tensors: Tensor | None) -> str | None:
+    """Why the kernel cannot take these tensors (device or dtype), or None."""
     for t in tensors:
         if t is None:
             continue
@@ -32,6 +34,7 @@ def unsupported(*tensors: Tensor | None) -> str | None:
 
 
 def describe() -> str:
+    """The instruction set that the kernel uses here, such as "avx512"."""
     return native_library.load().instruction_set
 
 

@@ -16,10 +16,12 @@ CHUNK = 16
 
 
 def unavailable() -> str | None:
+    """Why this backend cannot run on this machine, or None: it always can."""
     return None
 
 
 def unsupported(*tensors: Tensor | None) -> str | None:
+    """Why this backend cannot take these tensors, or None: it takes any device and floating-point dtype."""
     return None
 
 

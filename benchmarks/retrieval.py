@@ -84,6 +84,7 @@ def rank_of(caption: str, similarity: torch.Tensor, pictures: PackedPictures) ->
 
 
 def summary(ranks: list[int]) -> str:
+    """Two cells of the table."""
     return f"{sum(r == 0 for r in ranks)} of {len(ranks)} | {sum(r < 5 for r in ranks)} of {len(ranks)}"
 
 
@@ -122,7 +123,7 @@ def measure(bundle: Bundle, pictures: PackedPictures, features: Features, librar
     through = bundle.autoencoder.decode(bundle.autoencoder.encode(first)) if bundle.autoencoder else first
     drawn = sample(bundle, captions, seed=0)
     report = {}
-    print("| 40 captions | nearest | among the five nearest captions |\n| --- | --- | --- |")
+    print("| 40 captions | the nearest picture carries it | one of the five nearest does |\n| --- | --- | --- |")
     for name, images in (("ceiling", through), ("drawn", drawn)):
         ranks = [rank_of(c, s, pictures) for c, s in zip(captions, features(images, name) @ library.t(), strict=True)]
         report[name] = dict(zip(captions, ranks, strict=True))

@@ -123,6 +123,33 @@ def test_a_run_leaves_a_file_that_needs_nothing_else(tmp_path):
     assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["step"] == TINY.steps
 
 
+def test_a_run_starts_from_the_weights_of_a_file_and_matches_words_by_name(tmp_path):
+    first = trainer_in(tmp_path / "first")
+    first.train_step()
+    path = first.export(tmp_path / "first.safetensors", dtype=torch.float32)
+    pictures = tiny_pictures(4)  # without two of the colours
+    pictures.items[0]["captions"] = ["apple"]  # a word that the file does not know
+    data = encode_pictures(pictures, None)
+    second = Trainer(data, vocabulary_of(pictures), tmp_path / "second", TINY)
+    fresh = second.net.text_encoder.words.weight.clone()
+    second.start_from(path)
+    for name, value in first.average.module.model.state_dict().items():
+        assert torch.equal(second.net.model.state_dict()[name], value), name
+    old, new = first.average.module.text_encoder, second.net.text_encoder
+    for word in ("green", "square", "flat"):
+        assert torch.equal(new.words.weight[new.ids[word]], old.words.weight[old.ids[word]])
+    assert torch.equal(new.words.weight[new.ids["apple"]], fresh[new.ids["apple"]])
+    assert torch.equal(new.encode(["green"]), old.encode(["green"]))
+
+    second.train_step()
+    second.save()
+    resumed = Trainer(data, vocabulary_of(pictures), tmp_path / "second", TINY)
+    resumed.start_from(path)  # a resumed run keeps what it has learned
+    assert torch.equal(resumed.net.model.norm_f.weight, second.net.model.norm_f.weight)
+    with pytest.raises(ValueError, match="has depth 2, but this run 3"):
+        trainer_in(tmp_path / "third", dataclasses.replace(TINY, depth=3)).start_from(path)
+
+
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     trainer = trainer_in(tmp_path)
     trainer.data.latents[:] = float("nan")

@@ -99,8 +99,7 @@ class ZigMaLatent(comfy.latent_formats.LatentFormat):
         if latent.shape[1] != self.latent_channels:
             raise ValueError(
                 f"got a latent of {latent.shape[1]} channels, but this ZigMa model works on {self.latent_channels}: "
-                "encode "
-                "the picture with the VAE that the ZigMa Model Loader gives"
+                "encode the picture with the VAE that the ZigMa Model Loader gives"
             )
         return self.zigma.to_model(latent)
 
@@ -161,8 +160,8 @@ def as_zigma(model) -> HostZigMa:
     network = model.model.diffusion_model
     if not isinstance(network, HostZigMa):
         raise ValueError(
-            f"got a MODEL of the kind {type(network).__name__}, expected a ZigMa: connect the MODEL of the ZigMa Model "
-            "Loader"
+            f"got a MODEL of the kind {type(network).__name__}, expected a ZigMa: connect the MODEL of the ZigMa "
+            "Model Loader"
         )
     return network
 

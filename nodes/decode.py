@@ -19,8 +19,7 @@ class ZigMaVAEDecode(io.ComfyNode):
             display_name="ZigMa VAE Decode",
             category="ZigMa",
             description="Decodes a latent to pictures, and enlarges small ones for looking at. With enlarge 1 it "
-            "equals the "
-            "stock VAE Decode.",
+            "equals the stock VAE Decode.",
             inputs=[
                 io.Latent.Input("samples", tooltip="From ZigMa Sampler or KSampler."),
                 io.Vae.Input("vae", tooltip="The VAE of the ZigMa Model Loader, or the one that the model was "
@@ -41,8 +40,7 @@ class ZigMaVAEDecode(io.ComfyNode):
         if latent.shape[1] != channels:
             raise ValueError(
                 f"got a latent of {latent.shape[1]} channels and a VAE for {channels}: connect the VAE of the ZigMa "
-                "Model "
-                "Loader that drew this latent"
+                "Model Loader that drew this latent"
             )
         images = vae.decode(latent)
         return io.NodeOutput(images if enlarge == 1 else enlarged(images, enlarge))

@@ -38,15 +38,13 @@ class ZigMaModelLoader(io.ComfyNode):
             display_name="ZigMa Model Loader",
             category="ZigMa",
             description="Loads a ZigMa model file: the denoiser, and the text encoder and VAE if the file carries "
-            "them. "
-            "'demo' is the emoji model that comes with the pack.",
+            "them. 'demo' is the emoji model that comes with the pack.",
             inputs=[
                 io.Combo.Input(
                     "model_name",
                     options=list(model_files()),
                     tooltip="'demo' comes with the pack; other entries are .safetensors files in "
-                    "models/diffusion_models "
-                    "and models/checkpoints that ZigMa training or save_checkpoint wrote.",
+                    "models/diffusion_models and models/checkpoints that ZigMa training or save_checkpoint wrote.",
                 ),
             ],
             outputs=[
@@ -68,9 +66,8 @@ class ZigMaModelLoader(io.ComfyNode):
         files = model_files()
         if model_name not in files:
             raise ValueError(
-                f"got the model {model_name!r}, but no such file is in models/diffusion_models or "
-                "models/checkpoints: put "
-                "it there, or choose 'demo'"
+                f"got the model {model_name!r}, but no such file is in models/diffusion_models or models/checkpoints: "
+                "put it there, or choose 'demo'"
             )
         file = read_checkpoint(files[model_name])
         clip, vae = build_clip(file), build_vae(file)

@@ -30,8 +30,7 @@ class ZigMaSampler(io.ComfyNode):
             display_name="ZigMa Sampler",
             category="ZigMa",
             description="Integrates the flow of a ZigMa model from noise to a picture. Solver euler equals KSampler "
-            "with "
-            "sampler euler and scheduler simple.",
+            "with sampler euler and scheduler simple.",
             inputs=[
                 io.Model.Input("model", tooltip="A ZigMa model, with or without LoRA or other scan orders."),
                 io.Conditioning.Input("positive", tooltip="What the picture should show, from CLIP Text Encode."),
@@ -44,9 +43,8 @@ class ZigMaSampler(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "steps", default=50, min=1, max=10000,
-                    tooltip="Intervals of the time grid. heun and midpoint evaluate the model twice in each, rk4 "
-                    "four times; "
-                    "dopri5 chooses its own steps and does not use this.",
+                    tooltip="Intervals of the time grid. heun and midpoint evaluate the model twice in each, rk4 four "
+                    "times; dopri5 chooses its own steps and does not use this.",
                 ),
                 io.Float.Input(
                     "cfg", default=3.0, min=0.0, max=100.0, step=0.1,
@@ -55,8 +53,7 @@ class ZigMaSampler(io.ComfyNode):
                 io.Combo.Input(
                     "solver", options=SOLVERS, default="euler",
                     tooltip="ODE: euler, midpoint, heun, rk4, ..., dopri5 (adaptive). SDE: sde-euler-maruyama, "
-                    "sde-heun "
-                    "(new noise in each step; want 100 steps or more).",
+                    "sde-heun (new noise in each step; want 100 steps or more).",
                 ),
                 io.Float.Input(
                     "denoise", default=1.0, min=0.01, max=1.0, step=0.01,

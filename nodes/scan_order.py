@@ -44,23 +44,19 @@ class ZigMaScanOrder(io.ComfyNode):
             display_name="ZigMa Scan Order",
             category="ZigMa",
             description="Changes the order in which layers of a ZigMa model read the patches. A model draws best in "
-            "the "
-            "orders it was trained with; others show what the order does. Chain several nodes for a schedule.",
+            "the orders it was trained with; others show what the order does. Chain several nodes for a schedule.",
             inputs=[
                 io.Model.Input("model", tooltip="A ZigMa model. It is not changed: the output is a copy."),
                 io.Combo.Input(
                     "order", options=list(available_orders()), default="zigzag",
                     tooltip="zigzag turns round at the end of each line, sweep jumps back; hilbert stays near; "
-                    "diagonal runs "
-                    "like JPEG; hilbert-published is the table that published weights were trained with; random is "
-                    "drawn "
-                    "from the seed.",
+                    "diagonal runs like JPEG; hilbert-published is the table that published weights were trained "
+                    "with; random is drawn from the seed.",
                 ),
                 io.String.Input(
                     "variants", default="0-7",
                     tooltip="Which variants of the order, such as '0-7' or '0, 3': the chosen layers take them in "
-                    "turn. "
-                    "Zigzag has eight: four corners, each by rows and by columns.",
+                    "turn. Zigzag has eight: four corners, each by rows and by columns.",
                 ),
                 io.String.Input(
                     "layers", default="all",

@@ -196,7 +196,7 @@ def python_examples():
             yield pytest.param(code, id=f"{name(document)}-{number}")
 
 
-@pytest.mark.parametrize("code", python_examples())
+@pytest.mark.parametrize("code", list(python_examples()))
 def test_examples_in_documents_run(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # some write files
     exec(compile(code, "example", "exec"), {"__name__": "example"})

@@ -101,8 +101,18 @@ def count_jumps(order: torch.Tensor, width: int) -> int:
     return int(((row.diff().abs() + column.diff().abs()) != 1).sum())
 
 
-def _raster(height: int, width: int) -> torch.Tensor:
-    return torch.arange(height * width).view(height, width)
+def _seen_from_corner(index: int, height: int, width: int) -> torch.Tensor:
+    """The grid of raster indices turned so that variant `index` starts at its top left and reads along its rows.
+
+    index // 2 is the corner (top-left, top-right, bottom-left, bottom-right); odd ones read along columns.
+    """
+    corner, by_columns = divmod(index, 2)
+    grid = torch.arange(height * width).view(height, width)
+    if corner & 2:
+        grid = grid.flip(0)
+    if corner & 1:
+        grid = grid.flip(1)
+    return grid.t() if by_columns else grid
 
 
 @register_order("zigzag", 8)
@@ -111,15 +121,7 @@ def _zigzag(index: int, height: int, width: int, generator: torch.Generator | No
 
     A snake turns round at the end of every line, so that no step jumps.
     """
-    corner, by_columns = divmod(index, 2)
-    grid = _raster(height, width)
-    if corner & 2:
-        grid = grid.flip(0)
-    if corner & 1:
-        grid = grid.flip(1)
-    if by_columns:
-        grid = grid.t()
-    grid = grid.clone()
+    grid = _seen_from_corner(index, height, width).clone()
     grid[1::2] = grid[1::2].flip(1)
     return grid.reshape(-1)
 
@@ -127,28 +129,13 @@ def _zigzag(index: int, height: int, width: int, generator: torch.Generator | No
 @register_order("sweep", 8)
 def _sweep(index: int, height: int, width: int, generator: torch.Generator | None) -> torch.Tensor:
     """Every line in the same direction, as a page is read: jumps at each line's end. Corners as in zigzag."""
-    corner, by_columns = divmod(index, 2)
-    grid = _raster(height, width)
-    if corner & 2:
-        grid = grid.flip(0)
-    if corner & 1:
-        grid = grid.flip(1)
-    if by_columns:
-        grid = grid.t()
-    return grid.reshape(-1)
+    return _seen_from_corner(index, height, width).reshape(-1)
 
 
 @register_order("diagonal", 8)
 def _diagonal(index: int, height: int, width: int, generator: torch.Generator | None) -> torch.Tensor:
     """Anti-diagonals as in JPEG's zigzag, turning round at each end: steps to diagonal neighbours. Corners as above."""
-    corner, by_columns = divmod(index, 2)
-    grid = _raster(height, width)
-    if corner & 2:
-        grid = grid.flip(0)
-    if corner & 1:
-        grid = grid.flip(1)
-    if by_columns:
-        grid = grid.t()
+    grid = _seen_from_corner(index, height, width)
     rows, columns = grid.shape
     path = []
     for diagonal in range(rows + columns - 1):

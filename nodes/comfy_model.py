@@ -65,7 +65,11 @@ class HostZigMa(ZigMa):
         grid = (x.shape[2] // p, x.shape[3] // p)
         key = (schedule, grid, x.device)
         if key not in self._overridden:
-            orders = list(self._orders(grid, x.device, None)) if None in schedule else [None] * len(schedule)
+            orders = (
+                [order.to(x.device) for order in self.layer_orders(*grid)]
+                if None in schedule
+                else [None] * len(schedule)
+            )
             made: dict[LayerOrder, Tensor] = {}
             for layer, entry in enumerate(schedule):
                 if entry is not None:
@@ -136,6 +140,11 @@ class HostModel(comfy.model_base.BaseModel):
 
 def build_model(file: CheckpointFile):
     """A host MODEL (ModelPatcher) with the denoiser of a file."""
+    if file.config.video_frames:
+        raise ValueError(
+            f"{file.path.name} is a video model of {file.config.video_frames} frames, which the nodes of this version "
+            "cannot run yet: use `python -m zigma sample`"
+        )
     management = comfy.model_management
     parameters = sum(tensor.numel() for tensor in file.state_dict.values())
     device, offload = management.get_torch_device(), management.unet_offload_device()

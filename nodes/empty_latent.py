@@ -24,8 +24,9 @@ class ZigMaEmptyLatent(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="A ZigMa model: it knows its channels, scale and size."),
                 io.Int.Input("width", **sides, tooltip="Of the picture, in pixels; 0 is the width it was trained on."),
-                io.Int.Input("height", **sides, tooltip="Of the picture, in pixels; 0 is the height it was trained "
-                "on."),
+                io.Int.Input(
+                    "height", **sides, tooltip="Of the picture, in pixels; 0 is the height it was trained on."
+                ),
                 io.Int.Input("batch_size", default=1, min=1, max=4096, tooltip="Pictures drawn at once."),
             ],
             outputs=[io.Latent.Output(tooltip="For ZigMa Sampler or KSampler.")],

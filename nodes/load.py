@@ -77,6 +77,7 @@ class ZigMaModelLoader(io.ComfyNode):
                 model_name, file.config.d_context,
             )  # fmt: skip
         if vae is None:
-            log.warning("%s has no VAE: its VAE output is empty; use VAELoader with the VAE it was trained "
-            "on", model_name)
+            log.warning(
+                "%s has no VAE: its VAE output is empty; use VAELoader with the VAE it was trained on", model_name
+            )
         return io.NodeOutput(build_model(file), clip, vae)

@@ -96,7 +96,7 @@ class ZigMaScanOrder(io.ComfyNode):
     def drawing(network, schedule: list[LayerOrder | None]) -> torch.Tensor:
         """The layers' paths as one IMAGE (1, height, width, 3)."""
         height, width = network.config.grid
-        own = network._orders((height, width), torch.device("cpu"), None)
+        own = network.layer_orders(height, width)
         orders = [own[i] if entry is None else make_order(entry, (height, width)) for i, entry in enumerate(schedule)]
         names = [f"layer {i}: " + ("as trained" if e is None else f"{e[0]} {e[1]}") for i, e in enumerate(schedule)]
         sheet = labelled_sheet([draw_order(order, height, width) for order in orders], names)

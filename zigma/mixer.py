@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .config import ZigMaConfig
 from .selective_scan import ordered_conv1d_silu, selective_scan_gathered
 
-__all__ = ["CrossAttention", "Mamba", "read_weights"]
+__all__ = ["SSM", "Attention", "CrossAttention", "Mamba", "read_weights"]
 
 
 def read_weights(layer: nn.Module, like: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -30,56 +31,131 @@ def read_weights(layer: nn.Module, like: Tensor) -> tuple[Tensor, Tensor | None]
     return layer.weight, getattr(layer, "bias", None)  # norms may have none
 
 
-class Mamba(nn.Module):
-    """Selective state-space layer over the tokens in a given order; (b, l, d) -> (b, l, d), both in raster order.
+class SSM(nn.Module):
+    """The selective state-space part of a mixer: causal convolution, step sizes and B, C from the input, scan, gate.
+
+    A bidirectional one has everything twice; the second direction reads the order backwards, and the two outputs add
+    up. Its names end in _b, as published.
 
     Args:
-        embed_dim: d. d_state: n. d_conv: width of the causal convolution. expand: e / d. dt_rank: r.
+        config: the sizes.
         operations, device, dtype: where the layers come from, and of the parameters.
     """
 
-    def __init__(
-        self, embed_dim: int, d_state: int, d_conv: int, expand: int, dt_rank: int, *, operations=nn, device=None,
-        dtype=None,
-    ) -> None:  # fmt: skip
+    def __init__(self, config: ZigMaConfig, *, operations=nn, device=None, dtype=None) -> None:
         super().__init__()
         options = {"device": device, "dtype": dtype}
-        e = expand * embed_dim
-        self.splits = [dt_rank, d_state, d_state]
-        self.in_proj = operations.Linear(embed_dim, 2 * e, bias=False, **options)
-        # Depthwise; only its weights are used. A causal convolution pads on the left, which Conv1d cannot say.
-        self.conv1d = operations.Conv1d(e, e, d_conv, groups=e, padding=d_conv - 1, **options)
-        self.x_proj = operations.Linear(e, dt_rank + 2 * d_state, bias=False, **options)
-        self.dt_proj = operations.Linear(dt_rank, e, **options)
-        self.out_proj = operations.Linear(e, embed_dim, bias=False, **options)
-        self.A_log = nn.Parameter(torch.empty(e, d_state, **options))
-        self.D = nn.Parameter(torch.empty(e, **options))
+        e, rank, n, width = config.d_inner, config.dt_rank, config.d_state, config.d_conv
+        self.splits = [rank, n, n]
+        self.bidirectional = config.scan_type == "v2"
+        for suffix in ("", "_b") if self.bidirectional else ("",):
+            # Depthwise; only its weights are used. A causal convolution pads on the left, which Conv1d cannot say.
+            conv = operations.Conv1d(e, e, width, groups=e, padding=width - 1, bias=config.conv_bias, **options)
+            self.add_module(f"conv1d{suffix}", conv)
+            self.add_module(f"x_proj{suffix}", operations.Linear(e, rank + 2 * n, bias=False, **options))
+            self.add_module(f"dt_proj{suffix}", operations.Linear(rank, e, **options))
+            self.register_parameter(f"A{suffix}_log", nn.Parameter(torch.empty(e, n, **options)))
+            self.register_parameter(f"D{suffix}", nn.Parameter(torch.empty(e, **options)))
         self._read_weights = getattr(operations, "read_weights", read_weights)
 
-    def forward(self, tokens: Tensor, order: Tensor) -> Tensor:
-        """tokens (b, l, d) in raster order, order (l,): order[k] is the token read at step k."""
-        x, z = self.in_proj(tokens).chunk(2, dim=-1)
-        weight, bias = self._read_weights(self.conv1d, x)
+    def scan(self, x: Tensor, z: Tensor, order: Tensor) -> Tensor:
+        """x, z (b, l, e) in raster order -> y * silu(z) (b, l, e) in raster order."""
+        y = self._scan(x, z, order, self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
+        if self.bidirectional:
+            backwards = order.flip(0)
+            y = y + self._scan(
+                x, z, backwards, self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b
+            )  # fmt: skip
+        return y
+
+    def _scan(self, x, z, order, conv1d, x_proj, dt_proj, A_log, D) -> Tensor:
+        weight, bias = self._read_weights(conv1d, x)
         u = ordered_conv1d_silu(x, weight, bias, order)  # from here on in scan order; z waits in raster order
-        dt, B, C = self.x_proj(u).split(self.splits, dim=-1)
-        delta = self.dt_proj(dt)  # its bias included: softplus follows inside the scan
-        A = -torch.exp(self.A_log.float().to(u.device))
-        y = selective_scan_gathered(u, delta, A, B, C, self.D.float().to(u.device), z, order=order)
-        return self.out_proj(y)
+        dt, B, C = x_proj(u).split(self.splits, dim=-1)
+        delta = dt_proj(dt)  # its bias included: softplus follows inside the scan
+        A = -torch.exp(A_log.float().to(u.device))
+        return selective_scan_gathered(u, delta, A, B, C, D.float().to(u.device), z, order=order)
 
     @torch.no_grad()
-    def reset_parameters(self, depth: int) -> None:
-        """Mamba's initial values: step sizes log-uniform in [1e-3, 1e-1], A = -(1 ... n), output over sqrt(depth)."""
-        rank = self.splits[0]
-        nn.init.kaiming_uniform_(self.out_proj.weight, a=math.sqrt(5))
-        self.out_proj.weight.div_(math.sqrt(depth))
-        nn.init.uniform_(self.dt_proj.weight, -(rank**-0.5), rank**-0.5)
-        low, high = math.log(1e-3), math.log(1e-1)
+    def reset_ssm(self, config: ZigMaConfig) -> None:
+        """Mamba's initial values: step sizes log-uniform from dt_min to dt_max, A = -(1 ... n), D = 1.
+
+        The step sizes of a backward direction start as torch's own weights with bias 0, as published.
+        """
+        bound = config.dt_scale * config.dt_rank**-0.5
+        if config.dt_init == "constant":
+            nn.init.constant_(self.dt_proj.weight, bound)
+        else:
+            nn.init.uniform_(self.dt_proj.weight, -bound, bound)
+        low, high = math.log(config.dt_min), math.log(config.dt_max)
         steps = torch.rand(self.dt_proj.bias.shape, device=self.dt_proj.bias.device)
-        steps = torch.exp(low + steps * (high - low)).clamp(min=1e-4)
+        steps = torch.exp(low + steps * (high - low)).clamp(min=config.dt_init_floor)
         self.dt_proj.bias.copy_(steps + torch.log(-torch.expm1(-steps)))  # softplus(bias) = steps
-        self.A_log.copy_(torch.arange(1, self.A_log.shape[1] + 1, device=self.A_log.device).log().expand_as(self.A_log))
-        self.D.fill_(1)
+        if self.bidirectional:
+            nn.init.zeros_(self.dt_proj_b.bias)
+        directions = [(self.A_log, self.D)]
+        if self.bidirectional:
+            directions.append((self.A_b_log, self.D_b))
+        for A_log, D in directions:
+            A_log.copy_(torch.arange(1, A_log.shape[1] + 1, device=A_log.device).log().expand_as(A_log))
+            D.fill_(1)
+
+
+class Mamba(SSM):
+    """Selective state-space layer over the tokens in a given order; (b, l, d) -> (b, l, d), both in raster order.
+
+    Args:
+        config: the sizes; with share_ssm the layer has only its projections, and is given the SSM to use.
+        operations, device, dtype: where the layers come from, and of the parameters.
+    """
+
+    def __init__(self, config: ZigMaConfig, *, operations=nn, device=None, dtype=None) -> None:
+        options = {"device": device, "dtype": dtype}
+        if config.share_ssm:
+            nn.Module.__init__(self)
+        else:
+            super().__init__(config, operations=operations, **options)
+        d, e = config.embed_dim, config.d_inner
+        self.in_proj = operations.Linear(d, 2 * e, bias=config.bias, **options)
+        self.out_proj = operations.Linear(e, d, bias=config.bias, **options)
+
+    def forward(self, tokens: Tensor, order: Tensor, ssm: SSM | None = None) -> Tensor:
+        """tokens (b, l, d) in raster order, order (l,): order[k] is the token read at step k; ssm: the shared one."""
+        x, z = self.in_proj(tokens).chunk(2, dim=-1)
+        return self.out_proj((ssm or self).scan(x, z, order))
+
+    @torch.no_grad()
+    def reset_parameters(self, config: ZigMaConfig) -> None:
+        """Mamba's initial values, the output divided by the square root of the number of residual additions."""
+        if not config.share_ssm:
+            self.reset_ssm(config)
+        if config.rescale_prenorm_residual:
+            nn.init.kaiming_uniform_(self.out_proj.weight, a=math.sqrt(5))
+            self.out_proj.weight.div_(math.sqrt(config.n_residuals_per_layer * config.depth))
+
+
+class Attention(nn.Module):
+    """Self-attention in the mixer's place (DiT, arXiv 2212.09748, without its MLP); (b, l, d) -> (b, l, d).
+
+    The baseline for comparisons: it sees every token at once, so that an order means nothing to it. Heads are as wide
+    as the largest divisor of d up to 64.
+    """
+
+    def __init__(self, config: ZigMaConfig, *, operations=nn, device=None, dtype=None) -> None:
+        super().__init__()
+        d, options = config.embed_dim, {"device": device, "dtype": dtype}
+        self.heads = d // max(width for width in range(1, min(d, 64) + 1) if d % width == 0)
+        self.qkv = operations.Linear(d, 3 * d, **options)
+        self.proj = operations.Linear(d, d, **options)
+
+    def forward(self, tokens: Tensor, order: Tensor, ssm: SSM | None = None) -> Tensor:
+        """tokens (b, l, d); the order and the SSM of other mixers are not looked at."""
+        q, k, v = rearrange(self.qkv(tokens), "b l (three h c) -> three b h l c", three=3, h=self.heads)
+        return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h l c -> b l (h c)"))
+
+    @torch.no_grad()
+    def reset_parameters(self, config: ZigMaConfig) -> None:
+        """Nothing beside what torch does, and the model's zero biases."""
 
 
 class CrossAttention(nn.Module):

@@ -5,8 +5,8 @@ of the published checkpoints.
 
 Glossary
     b batch   c channels of the latent   h, w its sides   p patch size   l = (h/p)(w/p) tokens
-    d width of a token (embed_dim)       m text tokens
-    x latent (b, c, h, w)   t time (b,), 0 = noise, 1 = data   y condition   v velocity (b, c, h, w)
+    d width of a token (embed_dim)       m text tokens      f frames of a video: then l = f (h/p)(w/p), frame by frame
+    x latent (b, c, h, w) or (b, f, c, h, w)   t time (b,), 0 = noise, 1 = data   y condition   v velocity, as x
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +23,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .config import ZigMaConfig
-from .mixer import CrossAttention, Mamba, read_weights
-from .scan_orders import is_order, order_schedule
+from .embedders import FinalLayer, LabelEmbedder, PatchEmbed, TimestepEmbedder, sine_positions
+from .mixer import SSM, Attention, CrossAttention, Mamba, read_weights
+from .scan_orders import LayerSchedule, is_order
 
 __all__ = ["ZigMa"]
 
@@ -35,21 +37,24 @@ class ZigMa(nn.Module):
 
     Args:
         config: the architecture.
-        token_orders: `depth` LongTensors (l,), one per layer, for the grid of `config`; None takes those of
-            config.scan_type, for whatever grid an input has. Saved by `save_checkpoint`, no part of the state dict.
+        token_orders: `depth` LongTensors, one per layer, for the grid of `config`: (h*w,) for a layer that mixes
+            space, (f,) for one that mixes time, (l,) otherwise. None takes those of config.scan_type, for whatever
+            grid an input has. Saved by `save_checkpoint`, no part of the state dict.
         operations: where layers come from (torch.nn, or what a host has in its place).
         device, dtype: of the parameters. On the "meta" device nothing is initialised.
+        generator: draws the orders of a "randomN<k>" that are not given.
 
     Raises:
-        ValueError: for token orders that do not fit the architecture.
+        ValueError: for token orders that do not fit the architecture, and random ones with nothing to draw from.
     """
 
     def __init__(
         self, config: ZigMaConfig, token_orders: Sequence[Tensor] | None = None, *, operations=nn, device=None,
-        dtype=None,
+        dtype=None, generator: torch.Generator | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.config = config
+        self.schedule = LayerSchedule(config.scan_type, config.depth, video=config.video_frames > 0)
         d, p, options = config.embed_dim, config.patch_size, {"device": device, "dtype": dtype}
         layers = {"operations": operations, **options}
         self.x_embedder = PatchEmbed(config.in_channels, d, p, **layers)
@@ -58,17 +63,33 @@ class ZigMa(nn.Module):
             self.y_embedder = operations.Linear(config.d_context, d, **options)
         elif config.conditioning == "class":
             self.y_embedder = LabelEmbedder(config.num_classes, d, **layers)
+        frames = max(config.video_frames, 1)
         if config.use_pe:
-            self.pos_embed = nn.Parameter(torch.empty(1, math.prod(config.grid), d, **options))
+            table = torch.empty(1, frames * math.prod(config.grid), d, **options)
+            self.pos_embed = nn.Parameter(table, requires_grad=config.use_pe == 2)
+        if config.tpe:
+            self.temporal_pos_embedding = nn.Parameter(torch.empty(1, frames, d, **options))
+        if config.share_ssm:
+            self.ssm = SSM(config, **layers)
         self.blocks = nn.ModuleList(Block(config, index, **layers) for index in range(config.depth))
-        self.norm_f = operations.RMSNorm(d, eps=config.norm_epsilon, **options)
+        self.norm_f = (operations.RMSNorm if config.rms_norm else operations.LayerNorm)(
+            d, eps=config.norm_epsilon, **options
+        )  # fmt: skip
         self.final_layer = FinalLayer(d, p * p * config.in_channels, **layers)
         self._read_weights = getattr(operations, "read_weights", read_weights)
-        self._schedules: dict[tuple, list[Tensor]] = {}
+        self._schedules: dict[tuple, list[LayerScan]] = {}
         self.token_orders = None
+        on_meta = self.norm_f.weight.device.type == "meta"
         if token_orders is not None:
-            self.token_orders = self._checked_orders(token_orders, math.prod(config.grid))
-        if self.norm_f.weight.device.type != "meta":
+            self.token_orders = self._checked_orders(token_orders, config.grid, config.video_frames)
+        elif self.schedule.random and generator is not None:
+            self.token_orders = self.schedule.orders(*config.grid, generator=generator)
+        elif self.schedule.random and not on_meta:
+            raise ValueError(
+                f"scan_type {config.scan_type!r} draws its token orders, but there is nothing to draw from: pass "
+                "generator=torch.Generator().manual_seed(...), or the token_orders themselves"
+            )
+        if not on_meta:
             self.reset_parameters()
 
     def forward(
@@ -77,26 +98,24 @@ class ZigMa(nn.Module):
         """Velocity v(x, t | y).
 
         Args:
-            x: latents (b, c, h, w); h and w divisible by the patch size, and not bound to config.img_dim (a learned
-                position embedding is resampled to another grid).
+            x: latents (b, c, h, w), of a video model (b, f, c, h, w); h and w divisible by the patch size. Neither
+                they nor f are bound to the config (a learned position embedding is resampled to another grid).
             t: times (b,) in [0, 1].
             y: labels (b,) for a class model, text features (b, m, d_context) for a text model, else None.
             token_orders: `depth` orders for this call, in place of the model's own.
 
         Returns:
-            (b, c, h, w), in the dtype of x.
+            As x, in its dtype.
 
         Raises:
             ValueError: for inputs of another shape than these.
         """
         config, p = self.config, self.config.patch_size
         self._check_inputs(x, t, y)
-        h, w = x.shape[2] // p, x.shape[3] // p
-        orders = self._orders((h, w), x.device, token_orders)
+        f, h, w = x.shape[1] if config.video_frames else 0, x.shape[-2] // p, x.shape[-1] // p
+        scans = self._scans((h, w), f, x.device, token_orders)
 
-        tokens = self.x_embedder(x)  # (b, l, d)
-        if config.use_pe:
-            tokens = tokens + self._positions(h, w, tokens)
+        tokens = self._add_positions(self.x_embedder(x), (h, w), f)  # (b, l, d)
         c = self.t_embedder(t, tokens)  # (b, d)
         context = None
         if config.conditioning == "text":
@@ -107,55 +126,96 @@ class ZigMa(nn.Module):
         c = F.silu(c)
 
         residual = None
-        for block, order in zip(self.blocks, orders, strict=True):
+        ssm = self.ssm if config.share_ssm else None
+        for block, scan in zip(self.blocks, scans, strict=True):
             if config.use_checkpoint and torch.is_grad_enabled():
-                tokens, residual = checkpoint(block, tokens, residual, c, context, order, use_reentrant=False)
+                tokens, residual = checkpoint(block, tokens, residual, c, context, scan, ssm, use_reentrant=False)
             else:
-                tokens, residual = block(tokens, residual, c, context, order)
+                tokens, residual = block(tokens, residual, c, context, scan, ssm)
         residual = residual + drop_path(tokens, config.drop_path_rate, self.training)
-        weight, _ = self._read_weights(self.norm_f, residual)
-        tokens = rms_norm(residual, weight, config.norm_epsilon).to(tokens.dtype)
+        tokens = normalise(residual, *self._read_weights(self.norm_f, residual), config.norm_epsilon).to(tokens.dtype)
         v = self.final_layer(tokens)
-        return rearrange(v, "b (h w) (i j c) -> b c (h i) (w j)", h=h, w=w, i=p, j=p).to(x.dtype)
+        v = rearrange(v, "b (f h w) (i j c) -> b f c (h i) (w j)", f=max(f, 1), h=h, w=w, i=p, j=p).to(x.dtype)
+        return v if f else v.squeeze(1)
 
-    def _positions(self, h: int, w: int, like: Tensor) -> Tensor:
-        """Position embedding (1, h*w, d), bilinearly resampled where the grid is not the one it was trained on."""
-        positions = self.pos_embed.to(like)
-        if (h, w) == self.config.grid:
-            return positions
-        rows, columns = self.config.grid
-        if (h, w, "positions") not in self._schedules:
-            self._schedules[h, w, "positions"] = []
+    def layer_orders(self, height: int, width: int, frames: int = 0) -> list[Tensor]:
+        """The token orders that the layers use on a grid of height x width tokens (and frames), one per layer.
+
+        Raises:
+            ValueError: for another grid than that of the orders the model was given.
+        """
+        if self.token_orders is not None:
+            return self._checked_orders(self.token_orders, (height, width), frames)
+        if self.schedule.random:
+            raise ValueError(
+                f"this model's token orders are random ({self.config.scan_type}) and it was not given any: pass "
+                "token_orders"
+            )
+        return self.schedule.orders(height, width, frames)
+
+    def _add_positions(self, tokens: Tensor, grid: tuple[int, int], f: int) -> Tensor:
+        """tokens (b, l, d) with the embeddings of their place and frame, if the model has any."""
+        config = self.config
+        frames = max(config.video_frames, 1)
+        if config.use_pe == 1 and grid != config.grid:
+            tokens = tokens + sine_positions(*grid, tokens.shape[-1]).to(tokens)
+        elif config.use_pe:
+            tokens = tokens + self._resampled(self.pos_embed, (frames, *config.grid), (max(f, 1), *grid), tokens)
+        if config.tpe:
+            by_frame = self._resampled(self.temporal_pos_embedding, (frames, 1, 1), (f, 1, 1), tokens)
+            tokens = tokens + by_frame.repeat_interleave(math.prod(grid), dim=1)
+        return tokens
+
+    def _resampled(self, table: Tensor, own: tuple[int, int, int], to: tuple[int, int, int], like: Tensor) -> Tensor:
+        """An embedding (1, l, d) of (frames, rows, columns), resampled linearly where these are not its own."""
+        if to == own:
+            return table.to(like)
+        if (to, "positions") not in self._schedules:
+            self._schedules[to, "positions"] = []
             log.warning(
-                "the position embedding, trained on %d x %d tokens, is resampled to %d x %d: pictures of another size "
-                "than %d x %d latent pixels may suffer", rows, columns, h, w, *self.config.img_dim,
+                "the position embedding, trained on %s tokens, is resampled to %s: another size than that of the "
+                "training, %d x %d latent pixels, may suffer",
+                *(" x ".join(str(side) for side in sides if side > 1) for sides in (own, to)), *self.config.img_dim,
             )  # fmt: skip
-        plane = rearrange(positions, "b (h w) d -> b d h w", h=rows)
-        return rearrange(F.interpolate(plane.float(), (h, w), mode="bilinear"), "b d h w -> b (h w) d").to(like)
+        volume = rearrange(table.to(like).float(), "b (f h w) d -> b d f h w", f=own[0], h=own[1])
+        return rearrange(F.interpolate(volume, to, mode="trilinear"), "b d f h w -> b (f h w) d").to(like)
 
-    def _orders(self, grid: tuple[int, int], device: torch.device, given: Sequence[Tensor] | None) -> list[Tensor]:
-        """The orders of this call, on its device. Kept, so that the scan checks and moves each of them once."""
+    def _scans(
+        self, grid: tuple[int, int], frames: int, device: torch.device, given: Sequence[Tensor] | None
+    ) -> list[LayerScan]:
+        """How the layers of this call read. Kept, so that the kernels check and move each order once."""
         if given is not None:
-            return [order.to(device) for order in self._checked_orders(given, grid[0] * grid[1])]
-        if (grid, device) not in self._schedules:
-            if self.token_orders is None:
-                orders = order_schedule(self.config.scan_type, self.config.depth, *grid)
-            else:
-                orders = self._checked_orders(self.token_orders, grid[0] * grid[1])
-            moved = {id(order): order.to(device) for order in orders}  # layers that share an order go on sharing it
-            self._schedules[grid, device] = [moved[id(order)] for order in orders]
-        return self._schedules[grid, device]
+            return self._as_scans(self._checked_orders(given, grid, frames), frames, device)
+        key = (grid, frames, device)
+        if key not in self._schedules:
+            self._schedules[key] = self._as_scans(self.layer_orders(*grid, frames), frames, device)
+        return self._schedules[key]
 
-    def _checked_orders(self, orders: Sequence[Tensor], length: int) -> list[Tensor]:
+    def _as_scans(self, orders: list[Tensor], frames: int, device: torch.device) -> list[LayerScan]:
+        config = self.config
+        moved = {id(order): order.to(device) for order in orders}  # layers that share an order go on sharing it
+        scans = []
+        for axis, order in zip(self.schedule.axes, (moved[id(order)] for order in orders), strict=True):
+            after = None
+            if config.legacy_permutation:
+                after = order[order]
+            elif axis == "t" and not config.corrected_time_order and config.mixer == "mamba":
+                after = torch.arange(frames - 1, -1, -1, device=device)
+            scans.append(LayerScan(axis, order, frames, after))
+        return scans
+
+    def _checked_orders(self, orders: Sequence[Tensor], grid: tuple[int, int], frames: int) -> list[Tensor]:
         if len(orders) != self.config.depth:
             raise ValueError(
                 f"got {len(orders)} token orders, but this model has {self.config.depth} layers and takes one each: "
                 "repeat_orders cycles a shorter list"
             )
-        for layer, order in enumerate(orders):
+        lengths = {"s": math.prod(grid), "t": frames, "a": max(frames, 1) * math.prod(grid)}
+        for layer, (order, axis) in enumerate(zip(orders, self.schedule.axes, strict=True)):
+            length, what = lengths[axis], "frames" if axis == "t" else "tokens"
             if len(order) != length:
                 raise ValueError(
-                    f"the token order of layer {layer} has {len(order)} entries, but the input has {length} tokens: "
+                    f"the token order of layer {layer} has {len(order)} entries, but the input has {length} {what}: "
                     "make the orders for the grid of the input"
                 )
             if not is_order(order):
@@ -164,10 +224,14 @@ class ZigMa(nn.Module):
 
     def _check_inputs(self, x: Tensor, t: Tensor, y: Tensor | None) -> None:
         config, p = self.config, self.config.patch_size
-        if x.dim() != 4 or x.shape[1] != config.in_channels or x.shape[2] % p or x.shape[3] % p:
+        axes = (
+            ("batch", "frames", str(config.in_channels)) if config.video_frames else ("batch", str(config.in_channels))
+        )
+        fits = x.dim() == len(axes) + 2 and x.shape[-3] == config.in_channels
+        if not fits or x.shape[-2] % p or x.shape[-1] % p:
             raise ValueError(
-                f"got latents of shape {tuple(x.shape)}, expected (batch, {config.in_channels}, height, width) with "
-                f"sides divisible by the patch size {p}"
+                f"got latents of shape {tuple(x.shape)}, expected ({', '.join(axes)}, height, width) with sides "
+                f"divisible by the patch size {p}"
             )
         if t.shape != x.shape[:1]:
             raise ValueError(f"got times of shape {tuple(t.shape)}, expected one for each of {len(x)} latents")
@@ -196,11 +260,26 @@ class ZigMa(nn.Module):
             nn.init.normal_(self.t_embedder.mlp[index].weight, std=0.02)
         if self.config.conditioning == "class":
             nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        if self.config.use_pe:
+        if self.config.use_pe == 1:
+            self.pos_embed.copy_(sine_positions(*self.config.grid, d))
+        elif self.config.use_pe == 2:
             nn.init.zeros_(self.pos_embed)
+        if self.config.tpe:
+            nn.init.zeros_(self.temporal_pos_embedding)
+        if self.config.share_ssm:
+            self.ssm.reset_ssm(self.config)
         for block in self.blocks:
             nn.init.zeros_(block.adaLN_modulation[1].weight)
-            block.mixer.reset_parameters(self.config.depth)
+            block.mixer.reset_parameters(self.config)
+
+
+class LayerScan(NamedTuple):
+    """How one layer reads: along which axis, in which order, and where its output goes."""
+
+    axis: str  # "s" the tokens of each frame, "t" the frames of each place, "a" all tokens
+    order: Tensor  # (length of the axis,)
+    frames: int  # of the input, 0 for images
+    after: Tensor | None  # a further gather of the output, which some published weights were trained with
 
 
 class Block(nn.Module):
@@ -215,10 +294,10 @@ class Block(nn.Module):
         d, options = config.embed_dim, {"device": device, "dtype": dtype}
         # Layer 0 has nothing to drop; layers 1 ... depth-1 take a ramp from 0 to the rate (published).
         self.drop = config.drop_path_rate * max(index - 1, 0) / max(config.depth - 1, 1)
-        self.norm = operations.RMSNorm(d, eps=config.norm_epsilon, **options)
-        self.mixer = Mamba(
-            d, config.d_state, config.d_conv, config.expand, config.dt_rank, operations=operations, **options
-        )
+        norm = operations.RMSNorm if config.rms_norm else operations.LayerNorm
+        self.norm = norm(d, eps=config.norm_epsilon, **options)
+        mixer = Mamba if config.mixer == "mamba" else Attention
+        self.mixer = mixer(config, operations=operations, **options)
         parts = 6 if config.conditioning == "text" else 3
         self.adaLN_modulation = nn.Sequential(nn.Identity(), operations.Linear(d, parts * d, **options))
         self.msa = None
@@ -228,84 +307,41 @@ class Block(nn.Module):
         self._read_weights = getattr(operations, "read_weights", read_weights)
 
     def forward(
-        self, tokens: Tensor, residual: Tensor | None, c: Tensor, context: Tensor | None, order: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self, tokens: Tensor, residual: Tensor | None, c: Tensor, context: Tensor | None, scan: LayerScan,
+        ssm: SSM | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """tokens (b, l, d), residual (b, l, d) float32 or None, c = silu(condition) (b, d), context (b, m, d)."""
         tokens_in = drop_path(tokens, self.drop, self.training)
         residual = tokens_in.float() if residual is None else residual + tokens_in
-        weight, _ = self._read_weights(self.norm, residual)
-        u = rms_norm(residual, weight, self._eps).to(tokens.dtype)
+        u = normalise(residual, *self._read_weights(self.norm, residual), self._eps).to(tokens.dtype)
         shift, scale, gate, *text = self.adaLN_modulation(c).unsqueeze(1).chunk(3 if self.msa is None else 6, dim=-1)
-        tokens = u + gate * self.mixer(torch.addcmul(u + shift, u, scale), order)
+        tokens = u + gate * self._mix(torch.addcmul(u + shift, u, scale), scan, ssm)
         if self.msa is not None:
             shift, scale, gate = text
             u = F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6).to(tokens.dtype)
             tokens = tokens + gate * self.msa(torch.addcmul(u + shift, u, scale), context)
         return tokens, residual
 
-
-class PatchEmbed(nn.Module):
-    """Patches of p x p latent pixels -> tokens in raster order: (b, c, h, w) -> (b, l, d)."""
-
-    def __init__(
-        self, in_channels: int, embed_dim: int, patch_size: int, *, operations=nn, device=None, dtype=None
-    ) -> None:
-        super().__init__()
-        self.proj = operations.Conv2d(in_channels, embed_dim, patch_size, patch_size, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, c, h, w) -> (b, (h/p)(w/p), d)."""
-        return rearrange(self.proj(x), "b d h w -> b (h w) d")
-
-
-class TimestepEmbedder(nn.Module):
-    """Sinusoids of 1000 t, cosines first, then a small network: (b,) -> (b, d)."""
-
-    FREQUENCIES = 128
-
-    def __init__(self, embed_dim: int, *, operations=nn, device=None, dtype=None) -> None:
-        super().__init__()
-        options = {"device": device, "dtype": dtype}
-        self.mlp = nn.Sequential(
-            operations.Linear(2 * self.FREQUENCIES, embed_dim, **options),
-            nn.SiLU(),
-            operations.Linear(embed_dim, embed_dim, **options),
-        )
-
-    def forward(self, t: Tensor, like: Tensor) -> Tensor:
-        """Times (b,) in [0, 1] -> (b, d), computed in the dtype of `like`."""
-        k = torch.arange(self.FREQUENCIES, device=t.device, dtype=torch.float32)
-        angles = 1000 * t.float()[:, None] * torch.exp(-math.log(10000) * k / self.FREQUENCIES)
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(like.dtype))
+    def _mix(self, tokens: Tensor, scan: LayerScan, ssm: SSM | None) -> Tensor:
+        """The mixer along the layer's axis, the other one joining the batch; (b, l, d) -> (b, l, d)."""
+        apart = {"s": "b (f l) d -> (b f) l d", "t": "b (f l) d -> (b l) f d"}.get(scan.axis)
+        if apart is None:
+            mixed = self.mixer(tokens, scan.order, ssm)
+        else:
+            mixed = self.mixer(rearrange(tokens, apart, f=scan.frames), scan.order, ssm)
+        if scan.after is not None:
+            mixed = mixed[:, scan.after]
+        if apart is None:
+            return mixed
+        together = " -> ".join(reversed(apart.split(" -> ")))
+        return rearrange(mixed, together, b=len(tokens), f=scan.frames)
 
 
-class LabelEmbedder(nn.Module):
-    """One learned row per class; the published model has no row for "no class", hence no guidance."""
-
-    def __init__(self, num_classes: int, embed_dim: int, *, operations=nn, device=None, dtype=None) -> None:
-        super().__init__()
-        self.embedding_table = operations.Embedding(num_classes, embed_dim, device=device, dtype=dtype)
-
-    def forward(self, labels: Tensor, like: Tensor) -> Tensor:
-        """Labels (b,) -> (b, d) in the dtype of `like`."""
-        return self.embedding_table(labels).to(like.dtype)
-
-
-class FinalLayer(nn.Module):
-    """Tokens -> the p*p*c velocities of their patch, features in the order (row, column, channel)."""
-
-    def __init__(self, embed_dim: int, out_features: int, *, operations=nn, device=None, dtype=None) -> None:
-        super().__init__()
-        self.linear = operations.Linear(embed_dim, out_features, device=device, dtype=dtype)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(b, l, d) -> (b, l, p*p*c)."""
-        return self.linear(F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6).to(tokens.dtype))
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x * rsqrt(mean(x^2) + eps) * weight over the last axis, in float32 as the residual is; (..., d) -> (..., d)."""
-    return F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps)
+def normalise(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """RMSNorm, or LayerNorm where there is a bias, in float32 as the residual is; (..., d) -> (..., d)."""
+    if bias is None:
+        return F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps)
+    return F.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps)
 
 
 def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 __all__ = [
+    "LayerSchedule",
     "available_orders",
     "count_jumps",
     "inverse_order",
@@ -132,6 +133,14 @@ def _sweep(index: int, height: int, width: int, generator: torch.Generator | Non
     return _seen_from_corner(index, height, width).reshape(-1)
 
 
+@register_order("bidirectional", 4)
+def _bidirectional(index: int, height: int, width: int, generator: torch.Generator | None) -> torch.Tensor:
+    """The raster and its reverse, by rows and then by columns: in turn they read both ways (Vim, 2401.09417)."""
+    backwards, by_columns = index % 2, index // 2
+    order = _sweep(by_columns, height, width, generator)
+    return order.flip(0) if backwards else order
+
+
 @register_order("diagonal", 8)
 def _diagonal(index: int, height: int, width: int, generator: torch.Generator | None) -> torch.Tensor:
     """Anti-diagonals as in JPEG's zigzag, turning round at each end: steps to diagonal neighbours. Corners as above."""
@@ -231,37 +240,115 @@ def _random(index: int, height: int, width: int, generator: torch.Generator | No
     return torch.randperm(height * width, generator=generator)
 
 
-_SCAN_TYPE = re.compile(r"(zigzag|hilbert|random)N(\d+)")
+# The names in a scan_type, where they differ from the registry's: a published hilbertN reads by the rank table.
+_SCAN_TYPE_NAMES = {"hilbert": "hilbert-published", "hilbert-walk": "hilbert"}
+_SCAN_TYPE = re.compile(r"([a-z-]+)N(\d+)")
+_VIDEO_SCAN_TYPE = re.compile(r"(?:zz)?video_([st]+)")
+
+
+class LayerSchedule:
+    """What a scan_type says about every layer: which axis it mixes, and in which order.
+
+        zigzagN<k>            layer i reads by zigzag i mod k, k from 1 to 8
+        hilbertN<k>           the published rank tables; hilbert-walkN<k> is the true walk
+        sweepN<k>, diagonalN<k>, bidirectionalN<k>, randomN<k>
+                              those orders; random ones belong to the model and travel in its file
+        v2                    both directions of the raster in every layer, each with parameters of its own
+        video_<pattern>       also zzvideo_<pattern>, a word of s and t: layer i mixes space or time as letter
+                              i mod length says; the j-th spatial layer reads by zigzag j mod 8, the j-th temporal one
+                              forwards if j is even and backwards if odd (ZigMa, section 3.3, factorised 3D zigzag)
+
+    Args:
+        scan_type: one of these.
+        depth: number of layers.
+        video: whether there are frames.
+
+    Raises:
+        ValueError: another name, too many orders, or a mismatch of video and images.
+    """
+
+    def __init__(self, scan_type: str, depth: int, video: bool = False) -> None:
+        self.scan_type, self.depth = scan_type, depth
+        self.bidirectional = scan_type == "v2"
+        self.pattern = "a"  # all tokens at once
+        self.kind, self.count = "sweep", 1
+        match = _VIDEO_SCAN_TYPE.fullmatch(scan_type)
+        if match is not None:
+            self.pattern, self.kind, self.count = match.group(1), "zigzag", 8
+        elif not self.bidirectional:
+            self._parse_images(scan_type)
+        if video and match is None and not self.bidirectional:
+            raise ValueError(
+                f"scan_type {scan_type!r} orders the tokens of one picture, but there are video_frames: expected "
+                "video_ and a word of s and t such as 'video_sst', or v2"
+            )
+        if match is not None and not video:
+            raise ValueError(f"scan_type {scan_type!r} is for video, but video_frames is 0: set it, or choose another")
+        axes = [self.pattern[layer % len(self.pattern)] for layer in range(depth)]
+        self.axes = tuple(axes)
+        self._places = [axes[:layer].count(axis) for layer, axis in enumerate(axes)]  # of a layer among its like
+
+    def _parse_images(self, scan_type: str) -> None:
+        if scan_type.startswith("parallelN"):
+            raise ValueError(
+                f"scan_type {scan_type!r} names parallel branches, for which the published code makes parameters and "
+                "has no computation: choose another"
+            )
+        match = _SCAN_TYPE.fullmatch(scan_type)
+        kind = None if match is None else _SCAN_TYPE_NAMES.get(match.group(1), match.group(1))
+        if match is None or kind not in _REGISTRY:
+            raise ValueError(
+                f"scan_type {scan_type!r} names no token orders: expected zigzagN1..8, hilbertN1..8, "
+                "hilbert-walkN1..8, sweepN1..8, diagonalN1..8, bidirectionalN1..4, randomN<k>, v2, "
+                "or video_ and a word of s and t"
+            )
+        self.kind, self.count = kind, int(match.group(2))
+        if not 1 <= self.count <= available_orders()[kind]:
+            raise ValueError(
+                f"scan_type {scan_type!r} asks for {self.count} orders: {kind} has 1 to {available_orders()[kind]}"
+            )
+
+    @property
+    def random(self) -> bool:
+        """Whether the orders are drawn, and therefore part of a model rather than of its name."""
+        return self.kind == "random"
+
+    def orders(
+        self, height: int, width: int, frames: int = 0, generator: torch.Generator | None = None
+    ) -> list[torch.Tensor]:
+        """One LongTensor for each layer: (height * width,) for "s", (frames,) for "t", all tokens for "a".
+
+        Layers that share an order share the tensor.
+        """
+        if self.bidirectional:
+            return [torch.arange(max(frames, 1) * height * width)] * self.depth
+        space = [
+            scan_order(self.kind, index, height=height, width=width, generator=generator) for index in range(self.count)
+        ]
+        time = [torch.arange(frames), torch.arange(frames).flip(0)]
+        made = {"s": space, "t": time, "a": space}
+        return [made[axis][place % len(made[axis])] for axis, place in zip(self.axes, self._places, strict=True)]
 
 
 def order_schedule(
-    scan_type: str, depth: int, height: int, width: int, generator: torch.Generator | None = None
+    scan_type: str, depth: int, height: int, width: int, generator: torch.Generator | None = None, *, frames: int = 0
 ) -> list[torch.Tensor]:
-    """The token orders of a model's layers, as its published `scan_type` states them: layer i uses order i mod k.
+    """The token orders of a model's layers, as its `scan_type` states them (see `LayerSchedule`).
 
     Args:
-        scan_type: "zigzagN1" ... "zigzagN8", "hilbertN1" ... "hilbertN8" (the published rank tables) or "randomN<k>".
+        scan_type: such as "zigzagN8".
         depth: number of layers.
         height, width: the grid in tokens.
         generator: for "randomN<k>".
+        frames: of a video, 0 for images.
 
     Returns:
-        `depth` LongTensors (height * width,). Layers that share an order share the tensor.
+        `depth` LongTensors. Layers that share an order share the tensor.
 
     Raises:
-        ValueError: for a scan type that is none of these.
+        ValueError: for a scan type that names no orders, and a random one without a generator.
     """
-    match = _SCAN_TYPE.fullmatch(scan_type)
-    if match is None:
-        raise ValueError(
-            f"scan_type {scan_type!r} names no token orders: expected zigzagN1..8, hilbertN1..8 or randomN<k>"
-        )
-    kind, count = match.group(1), int(match.group(2))
-    kind = "hilbert-published" if kind == "hilbert" else kind
-    if not 1 <= count <= available_orders()[kind]:
-        raise ValueError(f"scan_type {scan_type!r} asks for {count} orders: {kind} has 1 to {available_orders()[kind]}")
-    orders = [scan_order(kind, index, height=height, width=width, generator=generator) for index in range(count)]
-    return repeat_orders(orders, depth)
+    return LayerSchedule(scan_type, depth, video=frames > 0).orders(height, width, frames, generator)
 
 
 def repeat_orders(orders: Sequence[torch.Tensor], depth: int) -> list[torch.Tensor]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
-from ..config import ZigMaConfig
+if TYPE_CHECKING:
+    from ..config import ZigMaConfig
 
 __all__ = ["Recipe"]
 
@@ -78,6 +80,8 @@ class Recipe:
 
     def model_config(self, channels: int, sides: tuple[int, int]) -> ZigMaConfig:
         """The architecture for latents of this shape."""
+        from ..config import ZigMaConfig  # which brings torch: the command line's help does without
+
         return ZigMaConfig(
             in_channels=channels, embed_dim=self.embed_dim, depth=self.depth, img_dim=sides,
             patch_size=self.patch_size, scan_type=self.scan_type, use_pe=2, has_text=True, d_context=self.text_width,

@@ -1,0 +1,93 @@
+"""What surrounds the blocks: patches, times, labels and places into tokens, and tokens into velocities.
+
+Glossary as in model.py. Peebles and Xie, "Scalable Diffusion Models with Transformers" (DiT), arXiv 2212.09748.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+__all__ = ["FinalLayer", "LabelEmbedder", "PatchEmbed", "TimestepEmbedder", "sine_positions"]
+
+
+class PatchEmbed(nn.Module):
+    """Patches of p x p latent pixels -> tokens in raster order, frame by frame."""
+
+    def __init__(
+        self, in_channels: int, embed_dim: int, patch_size: int, *, operations=nn, device=None, dtype=None
+    ) -> None:
+        super().__init__()
+        self.proj = operations.Conv2d(in_channels, embed_dim, patch_size, patch_size, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, c, h, w) -> (b, (h/p)(w/p), d), or (b, f, c, h, w) -> (b, f (h/p)(w/p), d)."""
+        if x.dim() == 4:
+            return rearrange(self.proj(x), "b d h w -> b (h w) d")
+        return rearrange(self.proj(rearrange(x, "b f c h w -> (b f) c h w")), "(b f) d h w -> b (f h w) d", b=len(x))
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoids of 1000 t, cosines first, then a small network: (b,) -> (b, d)."""
+
+    FREQUENCIES = 128
+
+    def __init__(self, embed_dim: int, *, operations=nn, device=None, dtype=None) -> None:
+        super().__init__()
+        options = {"device": device, "dtype": dtype}
+        self.mlp = nn.Sequential(
+            operations.Linear(2 * self.FREQUENCIES, embed_dim, **options),
+            nn.SiLU(),
+            operations.Linear(embed_dim, embed_dim, **options),
+        )
+
+    def forward(self, t: Tensor, like: Tensor) -> Tensor:
+        """Times (b,) in [0, 1] -> (b, d), computed in the dtype of `like`."""
+        k = torch.arange(self.FREQUENCIES, device=t.device, dtype=torch.float32)
+        angles = 1000 * t.float()[:, None] * torch.exp(-math.log(10000) * k / self.FREQUENCIES)
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(like.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """One learned row per class; the published model has no row for "no class", hence no guidance."""
+
+    def __init__(self, num_classes: int, embed_dim: int, *, operations=nn, device=None, dtype=None) -> None:
+        super().__init__()
+        self.embedding_table = operations.Embedding(num_classes, embed_dim, device=device, dtype=dtype)
+
+    def forward(self, labels: Tensor, like: Tensor) -> Tensor:
+        """Labels (b,) -> (b, d) in the dtype of `like`."""
+        return self.embedding_table(labels).to(like.dtype)
+
+
+class FinalLayer(nn.Module):
+    """Tokens -> the p*p*c velocities of their patch, features in the order (row, column, channel)."""
+
+    def __init__(self, embed_dim: int, out_features: int, *, operations=nn, device=None, dtype=None) -> None:
+        super().__init__()
+        self.linear = operations.Linear(embed_dim, out_features, device=device, dtype=dtype)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(b, l, d) -> (b, l, p*p*c)."""
+        return self.linear(F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6).to(tokens.dtype))
+
+
+def sine_positions(height: int, width: int, embed_dim: int) -> Tensor:
+    """The fixed embedding of use_pe=1 for a grid of height x width tokens: (1, height * width, d) float32.
+
+    The column's sines and cosines first, then the row's, each d/2 wide: [sin(u w_k), cos(u w_k)] with
+    w_k = 10000^(-k / (d/4)), k = 0 ... d/4 - 1 (MAE, arXiv 2111.06377, as DiT uses it).
+    """
+    quarter = embed_dim // 4
+    frequencies = 10000 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
+
+    def axis(places: Tensor) -> Tensor:
+        angles = places.reshape(-1, 1).double() * frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+    row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.cat([axis(column), axis(row)], dim=1).float()[None]

@@ -11,7 +11,9 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-__all__ = ["TinyAutoencoder"]
+from .autoencoder_kl import AutoencoderKL, is_autoencoder_kl
+
+__all__ = ["Autoencoder", "TinyAutoencoder", "autoencoder_from_state_dict"]
 
 WIDTH = 64
 DOWNSCALE = 8
@@ -117,3 +119,15 @@ class TinyAutoencoder(nn.Module):
             )
         model.load_state_dict(state, assign=True)
         return model.to(device) if device is not None else model
+
+
+Autoencoder = TinyAutoencoder | AutoencoderKL
+
+
+def autoencoder_from_state_dict(state: Mapping[str, torch.Tensor]) -> Autoencoder:
+    """The autoencoder of these tensors: TAESD layout, or Stable Diffusion's in its original layout or diffusers'.
+
+    Raises:
+        ValueError: they are none of these.
+    """
+    return (AutoencoderKL if is_autoencoder_kl(state) else TinyAutoencoder).from_state_dict(state)

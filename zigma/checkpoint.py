@@ -1,4 +1,4 @@
-"""Model files: one .safetensors that carries the denoiser and whatever belongs to it.
+"""Model files: one .safetensors that carries the denoiser and whatever belongs to it; and whatever else is published.
 
     ZigMa's weights      the published keys, bare
     token orders         "token_orders.<k>", int32 (l,); which layer uses which stands in "zigma.token_orders"
@@ -6,7 +6,10 @@
     autoencoder          "vae.*", TAESD layout
 
 Metadata, JSON strings: "zigma.config", "zigma.latent", "zigma.text_encoder", "zigma.token_orders", and free ones such
-as "zigma.sampling" (the settings the file recommends). Nothing is unpickled here.
+as "zigma.sampling" (the settings the file recommends).
+
+Files without that metadata are read too, .safetensors and .pt: their architecture follows from the shapes and from the
+arguments that a published .pt states (published.py), and what neither tells is asked for. No pickle is ever executed.
 """
 
 from __future__ import annotations
@@ -14,19 +17,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .autoencoder import TinyAutoencoder
+from .atomic_file import write_safetensors
+from .autoencoder import Autoencoder, autoencoder_from_state_dict
 from .config import ZigMaConfig
 from .model import ZigMa
-from .scan_orders import is_order
+from .published import SD_LATENT_SCALE, derive_config, read_torch_checkpoint, strip_prefixes
 from .text import TextEncoderConfig, WordTextEncoder
 
 __all__ = [
@@ -40,6 +43,7 @@ __all__ = [
     "save_checkpoint",
 ]
 
+TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 TEXT_PREFIX, VAE_PREFIX, ORDERS_PREFIX = "text_encoder.", "vae.", "token_orders."
 # Written by `save_checkpoint` from the objects themselves; a caller's metadata may not contradict them.
 RESERVED = ("zigma.config", "zigma.latent", "zigma.text_encoder", "zigma.token_orders")
@@ -106,7 +110,7 @@ class Bundle:
 
     model: ZigMa
     text_encoder: WordTextEncoder | None
-    autoencoder: TinyAutoencoder | None
+    autoencoder: Autoencoder | None
     latent: LatentFormat
     metadata: dict[str, str]
 
@@ -126,18 +130,38 @@ class CheckpointFile:
     metadata: dict[str, str]
 
 
-def read_checkpoint(path: str | os.PathLike) -> CheckpointFile:
+def read_checkpoint(
+    path: str | os.PathLike, weights: str = "ema", token_orders: Sequence[Tensor] | None = None, **arguments: Any
+) -> CheckpointFile:
     """Read and check a model file.
+
+    Args:
+        path: .safetensors; or .pt, .pth, .ckpt, .bin as torch.save wrote it, of which nothing is executed.
+        weights: "ema" or "model", for files that hold both; one without that choice means both.
+        token_orders: of a file whose own are not in it (published random ones).
+        arguments: of the published constructor, for files that do not describe their model: what neither their shapes
+            nor their stated arguments tell (scan_type, img_dim, video_frames), and legacy_permutation or
+            corrected_time_order.
 
     Raises:
         CheckpointError: the file is missing, damaged, of another kind, or its parts do not fit each other.
+        ValueError: for other `weights`.
     """
+    if weights not in ("ema", "model"):
+        raise ValueError(f"got weights={weights!r}, expected 'ema' or 'model'")
     path = Path(path)
+    if not path.is_file():
+        what = "it is a folder" if path.is_dir() else "there is no such file"
+        raise CheckpointError(path, what, "expected the path of a ZigMa model file")
+    if path.suffix.lower() in TORCH_SUFFIXES:
+        return _foreign_file(path, *_read_torch(path, weights), token_orders, arguments)
     tensors, metadata = _read_tensors(path)
     if "zigma.config" not in metadata:
+        return _foreign_file(path, tensors, {}, metadata, token_orders, arguments)
+    if arguments or token_orders is not None:
         raise CheckpointError(
-            path, f"its metadata has no 'zigma.config' beside {len(tensors)} tensors",
-            "expected a ZigMa model that save_checkpoint wrote",
+            path, f"it describes its model itself, but {', '.join(arguments) or 'token_orders'} was given too",
+            "leave that out; token_orders can be given to each call of the model",
         )  # fmt: skip
     try:
         config = ZigMaConfig.from_json(metadata["zigma.config"])
@@ -165,26 +189,65 @@ def read_checkpoint(path: str | os.PathLike) -> CheckpointFile:
     )  # fmt: skip
 
 
+def _read_torch(path: Path, weights: str) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:
+    try:
+        tensors, stated, facts = read_torch_checkpoint(path, weights)
+    except (ValueError, OSError) as error:
+        raise CheckpointError(
+            path, f"it is refused, because {error}",
+            "nothing in it was executed; get the file from its authors, as .safetensors if there is one",
+        ) from error  # fmt: skip
+    return tensors, stated, {f"zigma.{key}": str(value) for key, value in facts.items()}
+
+
+def _foreign_file(
+    path: Path, tensors: dict[str, Tensor], stated: dict[str, Any], metadata: dict[str, str],
+    token_orders: Sequence[Tensor] | None, arguments: dict[str, Any],
+) -> CheckpointFile:  # fmt: skip
+    """A file that does not describe its model as ours do."""
+    try:
+        tensors = strip_prefixes(tensors)
+        config = derive_config(tensors, stated, arguments)
+    except ValueError as error:
+        raise CheckpointError(
+            path, str(error), "on the command line these are options, such as --scan-type and --img-dim"
+        ) from error
+    model = ZigMa(config, device="meta")
+    _check_state(path, "model", tensors, model)
+    if token_orders is not None:
+        try:
+            token_orders = ZigMa(config, token_orders, device="meta").token_orders
+        except ValueError as error:
+            raise CheckpointError(path, str(error), "give orders for this model") from error
+    elif model.schedule.random:
+        _layer_orders(path, config, {}, None)
+    # The released models work on latents of the Stable Diffusion VAE; 3 channels are taken for pictures.
+    latent = LatentFormat(config.in_channels, scale=SD_LATENT_SCALE if config.in_channels == 4 else 1.0,
+                          downscale=1 if config.in_channels == 3 else 8)  # fmt: skip
+    return CheckpointFile(path, config, tensors, None, None, None, latent, token_orders, metadata)
+
+
 def load_bundle(
-    path: str | os.PathLike, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-) -> Bundle:
+    path: str | os.PathLike, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
+    weights: str = "ema", token_orders: Sequence[Tensor] | None = None, **arguments: Any,
+) -> Bundle:  # fmt: skip
     """The model of a file with its text encoder and autoencoder, in evaluation mode.
 
     Args:
-        path: a model file.
-        device, dtype: of all parameters; None widens what the file keeps in half precision to float32.
+        path, weights, token_orders, arguments: as in `read_checkpoint`.
+        device, dtype: of all parameters; None is float32, whatever the file keeps.
 
     Raises:
         CheckpointError: as `read_checkpoint`.
     """
-    file = read_checkpoint(path)
+    file = read_checkpoint(path, weights, token_orders, **arguments)
     model = _filled(ZigMa(file.config, file.token_orders, device="meta"), file.state_dict, device, dtype)
     text = autoencoder = None
     if file.text_config is not None:
         text = _filled(WordTextEncoder(file.text_config, device="meta"), file.text_state, device, dtype)
     if file.vae_state is not None:
         try:
-            autoencoder = TinyAutoencoder.from_state_dict(file.vae_state).to(device, dtype or torch.float32)
+            autoencoder = autoencoder_from_state_dict(file.vae_state).to(device, dtype or torch.float32)
         except ValueError as error:
             raise CheckpointError(path, f"its autoencoder is unusable ({error})", "get the file again") from error
         autoencoder.eval().requires_grad_(False)
@@ -192,26 +255,28 @@ def load_bundle(
 
 
 def load_checkpoint(
-    path: str | os.PathLike, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, weights: str = "ema"
-) -> ZigMa:
+    path: str | os.PathLike, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, weights: str = "ema",
+    token_orders: Sequence[Tensor] | None = None, **arguments: Any,
+) -> ZigMa:  # fmt: skip
     """The denoiser of a model file, in evaluation mode.
 
+    >>> model = load_checkpoint("landscape1024_0210000.pt")                              # its own args say the rest
+    >>> model = load_checkpoint("weights.safetensors", scan_type="zigzagN8", img_dim=128)
+
     Args:
-        path, device, dtype: as in `load_bundle`.
-        weights: "ema" or "model", for files that hold both; a .safetensors holds one set, which both mean.
+        path, weights, token_orders, arguments: as in `read_checkpoint`.
+        device, dtype: as in `load_bundle`.
 
     Raises:
         CheckpointError: as `read_checkpoint`. ValueError: for other `weights`.
     """
-    if weights not in ("ema", "model"):
-        raise ValueError(f"got weights={weights!r}, expected 'ema' or 'model'")
-    file = read_checkpoint(path)
+    file = read_checkpoint(path, weights, token_orders, **arguments)
     return _filled(ZigMa(file.config, file.token_orders, device="meta"), file.state_dict, device, dtype)
 
 
 def save_checkpoint(
     model: ZigMa, path: str | os.PathLike, metadata: Mapping[str, str] | None = None, *,
-    text_encoder: WordTextEncoder | None = None, autoencoder: TinyAutoencoder | None = None,
+    text_encoder: WordTextEncoder | None = None, autoencoder: Autoencoder | None = None,
     latent: LatentFormat | None = None, dtype: torch.dtype | None = None,
 ) -> None:  # fmt: skip
     """Write a model file; a file of that name is replaced only when the new one is complete.
@@ -244,36 +309,19 @@ def save_checkpoint(
         given["zigma.text_encoder"] = text_encoder.config.to_json()
     if autoencoder is not None:
         tensors |= {VAE_PREFIX + key: value for key, value in autoencoder.state_dict().items()}
-    if dtype is not None:
-        tensors = {key: value.to(dtype) if value.is_floating_point() else value for key, value in tensors.items()}
+    dtypes = {key: dtype if dtype and value.is_floating_point() else value.dtype for key, value in tensors.items()}
     if model.token_orders is not None:
         distinct = list({tuple(order.tolist()): None for order in model.token_orders})
         given["zigma.token_orders"] = json.dumps([distinct.index(tuple(o.tolist())) for o in model.token_orders])
         tensors |= {f"{ORDERS_PREFIX}{k}": torch.tensor(o, dtype=torch.int32) for k, o in enumerate(distinct)}
-    # Copies, for safetensors refuses tensors that share memory.
-    _write_atomically({key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}, path, given)
-
-
-def _write_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, metadata=metadata)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp's own mode lets nobody else read the file
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_safetensors(tensors, path, given, dtypes)
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if not path.is_file():
-        what = "it is a folder" if path.is_dir() else "there is no such file"
-        raise CheckpointError(path, what, "expected the path of a ZigMa model file")
-    if path.suffix != ".safetensors":
-        raise CheckpointError(path, f"its name ends in {path.suffix!r}", "expected a .safetensors file")
+    if path.suffix.lower() != ".safetensors":
+        raise CheckpointError(
+            path, f"its name ends in {path.suffix!r}", f"expected .safetensors or one of {', '.join(TORCH_SUFFIXES)}"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
@@ -310,17 +358,18 @@ def _layer_orders(
                 "give them as token_orders, or write the file again with save_checkpoint",
             )  # fmt: skip
         return None
-    length = config.grid[0] * config.grid[1]
     named = {int(key): value.long() for key, value in orders.items() if key.isdigit()}
-    if len(layers) != config.depth or not all(k in named and is_order(named[k], length) for k in layers):
-        raise CheckpointError(
-            path, f"its token orders are not {config.depth} permutations of {length} tokens", "write the file again"
-        )
-    return [named[k] for k in layers]
+    try:
+        missing = [k for k in layers if k not in named]
+        if missing:
+            raise ValueError(f"there is no {ORDERS_PREFIX}{missing[0]}")
+        return ZigMa(config, [named[k] for k in layers], device="meta").token_orders
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(path, f"its token orders are unusable ({error})", "write the file again") from error
 
 
-def _filled(module: nn.Module, state: Mapping[str, Tensor], device: torch.device | str, dtype: torch.dtype | None):
-    """A module from the meta device with these weights, ready for sampling."""
+def _filled(module: nn.Module, state: dict[str, Tensor], device: torch.device | str, dtype: torch.dtype | None):
+    """A module from the meta device with these weights, ready for sampling. Empties `state`, to hold nothing twice."""
     dtype = dtype or torch.float32
-    module.load_state_dict({key: value.to(device, dtype) for key, value in state.items()}, assign=True)
+    module.load_state_dict({key: state.pop(key).to(device, dtype) for key in list(state)}, assign=True)
     return module.eval().requires_grad_(False)

@@ -275,6 +275,7 @@ def published_arguments(stated: Any, source: str, given: Mapping[str, Any] | Non
     Raises:
         ValueError: there are no such params, or one refers to another file ("${data.video_frames}").
     """
+    root = stated
     for inner in ("model", "params"):
         if isinstance(stated, Mapping) and isinstance(stated.get(inner), Mapping):
             stated = stated[inner]
@@ -284,6 +285,16 @@ def published_arguments(stated: Any, source: str, given: Mapping[str, Any] | Non
     for key in given or ():
         arguments.pop(key, None)
     for key, value in arguments.items():
-        if isinstance(value, str) and "${" in value:
+        reference = re.fullmatch(r"\$\{([\w.]+)\}", value) if isinstance(value, str) else None
+        if reference is not None:
+            arguments[key] = _looked_up(root, reference.group(1))
+        if arguments[key] is None and reference is not None:
             raise ValueError(f"{source} leaves {key} to another file ({value}): give {key} beside it")
     return arguments
+
+
+def _looked_up(root: Any, name: str) -> Any:
+    """The value at "a.b.c" of nested mappings, or None."""
+    for part in name.split("."):
+        root = root.get(part) if isinstance(root, Mapping) else None
+    return root

@@ -6,14 +6,18 @@ Its decoder first squashes latents to (-3, 3) by 3*tanh(z/3): a latent with larg
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .autoencoder_kl import AutoencoderKL, is_autoencoder_kl
+from .pickle_reader import TensorReference, TorchFile
 
-__all__ = ["Autoencoder", "TinyAutoencoder", "autoencoder_from_state_dict"]
+__all__ = ["Autoencoder", "TinyAutoencoder", "autoencoder_from_state_dict", "load_autoencoder"]
 
 WIDTH = 64
 DOWNSCALE = 8
@@ -131,3 +135,50 @@ def autoencoder_from_state_dict(state: Mapping[str, torch.Tensor]) -> Autoencode
         ValueError: they are none of these.
     """
     return (AutoencoderKL if is_autoencoder_kl(state) else TinyAutoencoder).from_state_dict(state)
+
+
+def load_autoencoder(path: str | os.PathLike, device: torch.device | str = "cpu") -> Autoencoder:
+    """The autoencoder of a file, in float32 and frozen.
+
+    Args:
+        path: .safetensors, or .pt, .pth, .ckpt, .bin as torch.save wrote it (nothing in it is executed); the
+            autoencoder alone, under "vae." in one of our model files, or under "first_stage_model." in a whole model.
+        device: where to put it.
+
+    Raises:
+        ValueError: it holds no autoencoder, or one of another kind. FileNotFoundError: there is no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no autoencoder at {path}: expected a VAE file, .safetensors or of torch.save")
+    try:
+        state = _autoencoder_tensors(path)
+        model = autoencoder_from_state_dict({key: value.float() for key, value in state.items()})
+    except (ValueError, SafetensorError) as error:
+        raise ValueError(f"{path} is unusable as an autoencoder: {error}") from error
+    return model.to(device).eval().requires_grad_(False)
+
+
+_PREFIXES = ("vae.", "first_stage_model.")
+
+
+def _autoencoder_tensors(path: Path) -> dict[str, torch.Tensor]:
+    if path.suffix.lower() == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            chosen = _without_prefix(list(file.keys()))
+            return {name: file.get_tensor(key) for key, name in chosen.items()}
+    with TorchFile(path) as file:
+        held = file.contents
+        held = held["state_dict"] if isinstance(held, dict) and isinstance(held.get("state_dict"), dict) else held
+        if not isinstance(held, dict):
+            raise ValueError("it holds no dictionary of tensors")
+        chosen = _without_prefix([key for key, value in held.items() if isinstance(value, TensorReference)])
+        return {name: file.tensor(held[key]) for key, name in chosen.items()}
+
+
+def _without_prefix(keys: list[str]) -> dict[str, str]:
+    """The keys of the autoencoder among these, each with its bare name."""
+    for prefix in _PREFIXES:
+        if any(key.startswith(prefix) for key in keys):
+            return {key: key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
+    return {key: key for key in keys}

@@ -226,10 +226,7 @@ _RENAMED = (
 
 
 def _original_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under the original names: without the prefix of a whole model's file, renamed from diffusers' layout."""
-    for prefix in ("first_stage_model.", "vae."):
-        if any(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    """Tensors under the original names: renamed from diffusers' layout."""
     ups = {int(match.group(1)) for key in state if (match := re.match(r"decoder\.up_blocks\.(\d+)\.", key))}
     renamed = {}
     for key, value in state.items():

@@ -228,14 +228,14 @@ def _foreign_file(
 
 
 def load_bundle(
-    path: str | os.PathLike, device: torch.device | str = "cpu", dtype: torch.dtype | None = None,
+    path: str | os.PathLike, device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None,
     weights: str = "ema", token_orders: Sequence[Tensor] | None = None, **arguments: Any,
 ) -> Bundle:  # fmt: skip
     """The model of a file with its text encoder and autoencoder, in evaluation mode.
 
     Args:
         path, weights, token_orders, arguments: as in `read_checkpoint`.
-        device, dtype: of all parameters; None is float32, whatever the file keeps.
+        device, dtype: of all parameters; None is float32, whatever the file keeps, and "keep" is what it keeps.
 
     Raises:
         CheckpointError: as `read_checkpoint`.
@@ -247,7 +247,7 @@ def load_bundle(
         text = _filled(WordTextEncoder(file.text_config, device="meta"), file.text_state, device, dtype)
     if file.vae_state is not None:
         try:
-            autoencoder = autoencoder_from_state_dict(file.vae_state).to(device, dtype or torch.float32)
+            autoencoder = autoencoder_from_state_dict(file.vae_state).to(device, _dtype(dtype))
         except ValueError as error:
             raise CheckpointError(path, f"its autoencoder is unusable ({error})", "get the file again") from error
         autoencoder.eval().requires_grad_(False)
@@ -370,6 +370,11 @@ def _layer_orders(
 
 def _filled(module: nn.Module, state: dict[str, Tensor], device: torch.device | str, dtype: torch.dtype | None):
     """A module from the meta device with these weights, ready for sampling. Empties `state`, to hold nothing twice."""
-    dtype = dtype or torch.float32
+    dtype = _dtype(dtype)
     module.load_state_dict({key: state.pop(key).to(device, dtype) for key in list(state)}, assign=True)
     return module.eval().requires_grad_(False)
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """What `Tensor.to` takes: None leaves a tensor's own."""
+    return None if dtype == "keep" else dtype or torch.float32

@@ -1,4 +1,4 @@
-"""The command line: python -m zigma demo | sample | train | inspect | scan-order | doctor.
+"""The command line: python -m zigma demo | sample | train | convert | inspect | scan-order | doctor.
 
 A mistake of the user ends with one sentence on stderr and exit status 2; `--debug` shows the traceback as well.
 """
@@ -7,16 +7,25 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.metadata
 import logging
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from .commands import (
+    UserError,
+    check_device,
+    check_writable,
+    convert_command,
+    doctor_command,
+    file_arguments,
+    inspect_command,
+    model_file,
+    scan_order_command,
+)
 from .training.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -33,10 +42,6 @@ DEMO_PROMPTS = (
     "red apple", "strawberry", "watermelon", "avocado", "carrot", "slice of pizza",
     "hamburger", "cupcake", "smiling face with sunglasses", "ghost", "sparkling heart", "unicorn face",
 )  # fmt: skip
-
-
-class UserError(Exception):
-    """A mistake of the user, with the sentence that says what to do."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -90,10 +95,18 @@ def _parser() -> Parser:
     condition = draw.add_mutually_exclusive_group()
     condition.add_argument("--prompt", action="append", help="of a text model; may be given again; may be empty")
     condition.add_argument("--label", action="append", type=int, help="of a class model; may be given again")
+    condition.add_argument("--features", type=Path, help="text features (n, tokens, width): .safetensors or .npy")
     draw.add_argument("--negative", default="", help="text that guidance leads away from (default: the empty text)")
-    draw.add_argument("--output", type=Path, required=True, help="out.png; several become out-1.png, out-2.png")
+    draw.add_argument("--vae", type=Path, help="for a file without one: TAESD or Stable Diffusion layout")
+    draw.add_argument("--clip", help="for a text model without an encoder: a folder or name that transformers knows")
+    draw.add_argument(
+        "--output", type=Path, required=True,
+        help="out.png; several become out-1.png, out-2.png; a video's end in .webp or .mp4",
+    )  # fmt: skip
+    draw.add_argument("--fps", type=_positive, default=8, help="frames a second of a video (default: %(default)s)")
     draw.add_argument("--sheet", action="store_true", help="write one labelled sheet instead of single pictures")
     _add_sampling(draw, count=1)
+    _add_file(draw)
 
     train = command("train", train_command, "Train a text-conditioned model on pictures with captions.")
     train.add_argument("--data", type=Path, required=True, help="a folder of pictures, or a packed file")
@@ -111,6 +124,14 @@ def _parser() -> Parser:
 
     inspect = command("inspect", inspect_command, "Say what a model file holds.")
     inspect.add_argument("file", help="a file, or the name of a shipped model")
+    _add_file(inspect)
+
+    convert = command("convert", convert_command, "Write any model file as a .safetensors that describes itself.")
+    convert.add_argument("file", help="a published .pt, a state dict, or a .safetensors; nothing in it is executed")
+    convert.add_argument("output", type=Path, help="out.safetensors")
+    convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as in the file")
+    convert.add_argument("--vae", type=Path, help="an autoencoder to put beside it")
+    _add_file(convert)
 
     order = command("scan-order", scan_order_command, "Print a token order, or draw it.")
     order.add_argument("kind", help="zigzag, hilbert, ...; an unknown one lists them all")
@@ -134,6 +155,24 @@ def _add_sampling(parser: argparse.ArgumentParser, count: int | None) -> None:
     group.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: %(default)s)")
     group.add_argument("--batch-size", type=_positive, default=8, help="pictures at once (default: %(default)s)")
     group.add_argument("--upscale", type=_positive, help="enlarge pictures this many times")
+
+
+def _add_file(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("files of others", "what a published file or a state dict does not say")
+    group.add_argument("--weights", choices=("ema", "model"), default="ema", help="default: %(default)s")
+    group.add_argument("--config", type=Path, help="the published YAML of the model")
+    group.add_argument("--scan-type", help="zigzagN8, hilbertN8, v2, video_sst, ...")
+    group.add_argument("--img-dim", type=_sides, help="of the latent: 128, or 64x96")
+    group.add_argument("--video-frames", type=int, help="0 for pictures")
+    group.add_argument("--legacy-permutation", action="store_true", help="trained with the code of April and May 2024")
+    group.add_argument("--corrected-time-order", action="store_true", help="trained with frames in their place")
+
+
+def _sides(text: str) -> int | tuple[int, int]:
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdigit() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"got {text!r}, but expected a number such as 128, or height x width as 64x96")
+    return int(text) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
 
 
 def _positive(text: str) -> int:
@@ -162,24 +201,53 @@ def demo_command(options: argparse.Namespace) -> None:
 
 
 def sample_command(options: argparse.Namespace) -> None:
-    """Pictures as files, or one sheet."""
-    bundle = _load(options.model, options.device)
-    prompts = options.label if options.prompt is None else options.prompt
+    """Pictures or videos as files, or one sheet."""
+    bundle = _load(options.model, options.device, **file_arguments(options))
+    _complete(bundle, options)
+    prompts: Any = options.label if options.prompt is None else options.prompt
+    names: list[Any] = prompts or [""]
+    if options.features is not None:
+        from .text import read_features
+
+        prompts = read_features(options.features)
+        names = [f"features {row}" for row in range(len(prompts))]
     options.upscale = options.upscale or 1
     settings, pictures = _draw(bundle, options, prompts, options.negative, options.count)
-    names = [str(prompt) or "(empty prompt)" for prompt in prompts or [""] for _ in range(options.count)]
+    names = [str(name) or "(empty prompt)" for name in names for _ in range(options.count)]
     if options.sheet:
+        if bundle.model.config.video_frames:
+            pictures, names = (
+                [frame for video in pictures for frame in video],
+                [f"{name}, frame {i}" for name, video in zip(names, pictures, strict=True) for i in range(len(video))],
+            )
         _write_sheet(options, settings, pictures, names, "")
         print(options.output)
         return
-    from .sheet import save_picture
+    from .sheet import save_animation, save_picture
 
     width = len(str(len(pictures)))
     for number, picture in enumerate(pictures, 1):
         path = options.output
         if len(pictures) > 1:
             path = path.with_name(f"{path.stem}-{number:0{width}d}{path.suffix}")
-        print(save_picture(picture, path))
+        print(save_animation(picture, path, options.fps) if isinstance(picture, list) else save_picture(picture, path))
+
+
+def _complete(bundle: Bundle, options: argparse.Namespace) -> None:
+    """Give a bundle the parts that its file lacks."""
+    if options.vae is not None:
+        from .autoencoder import load_autoencoder
+
+        bundle.autoencoder = load_autoencoder(options.vae, options.device)
+    elif bundle.autoencoder is None and not bundle.latent.pixel_space:
+        raise UserError(
+            f"{options.model} carries no autoencoder to decode its latents: give one with --vae (for the "
+            "released models that of Stable Diffusion, such as sd-vae-ft-ema)"
+        )
+    if options.clip is not None:
+        from .text import ClipTextEncoder
+
+        bundle.text_encoder = ClipTextEncoder(options.clip, options.device)
 
 
 def train_command(options: argparse.Namespace) -> None:
@@ -188,7 +256,7 @@ def train_command(options: argparse.Namespace) -> None:
     from .training.trainer import Trainer
 
     logging.getLogger().setLevel(logging.INFO)
-    _check_device(options.device)
+    check_device(options.device)
     recipe = Recipe(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Recipe)})
     categories = [name.strip() for name in options.categories.split(",")] if options.categories else None
     pictures = read_pictures(options.data, options.size, categories)
@@ -202,107 +270,12 @@ def train_command(options: argparse.Namespace) -> None:
     print(trainer.run())
 
 
-def inspect_command(options: argparse.Namespace) -> None:
-    """What a file holds, read without building a module."""
-    from .checkpoint import read_checkpoint
-
-    file = read_checkpoint(_model_file(options.file))
-    config = file.config
-    parts = {"denoiser": file.state_dict, "text encoder": file.text_state, "autoencoder": file.vae_state}
-    print(f"{file.path}: {Path(file.path).stat().st_size / 1e6:.1f} MB")
-    for name, state in parts.items():
-        if state:
-            dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}))
-            print(f"  {name}: {sum(t.numel() for t in state.values()):,} parameters in {len(state)} tensors, {dtypes}")
-        else:
-            print(f"  {name}: none in this file")
-    print(f"  width {config.embed_dim}, depth {config.depth}, patch size {config.patch_size}, state {config.d_state}")
-    height, width = config.img_dim
-    print(f"  input: {config.in_channels} x {height} x {width}, {config.grid[0]} x {config.grid[1]} tokens")
-    print(f"  condition: {config.conditioning}" + f", features of width {config.d_context}" * config.has_text)
-    own = "in the file, one for each layer" if file.token_orders is not None else config.scan_type
-    print(f"  token orders: {own}")
-    space = "pixels" if file.latent.pixel_space else f"latents, 1/{file.latent.downscale} of the picture's sides"
-    print(f"  works on: {space}")
-    for key, value in sorted(file.metadata.items()):
-        print(f"  {key} = {value if len(str(value)) <= 200 else str(value)[:197] + '...'}")
-
-
-def scan_order_command(options: argparse.Namespace) -> None:
-    """The step at which each token is read, as the grid; or the path as a picture."""
-    import torch
-
-    from .scan_orders import available_orders, count_jumps, inverse_order, scan_order
-    from .sheet import draw_order, labelled_sheet, save_picture
-
-    generator = torch.Generator().manual_seed(options.seed)
-    kind, height, width = options.kind, options.height, options.width
-    indices = [options.index] if options.index is not None else range(min(8, available_orders().get(kind, 1)))
-    orders = [scan_order(kind, index, height=height, width=width, generator=generator) for index in indices]
-    if options.png:
-        drawings = [draw_order(order, height, width) for order in orders]
-        names = [f"{kind} {index}" for index in indices]
-        print(save_picture(drawings[0] if len(drawings) == 1 else labelled_sheet(drawings, names), options.png))
-        return
-    digits = len(str(height * width - 1))
-    for index, order in zip(indices, orders, strict=True):
-        print(f"{kind} {index} on {height} x {width} tokens: the step at which each is read")
-        for row in inverse_order(order).view(height, width).tolist():
-            print("  " + " ".join(f"{step:{digits}d}" for step in row))
-        print(f"order: {' '.join(map(str, order.tolist()))}")
-        print(f"jumps: {count_jumps(order, width)}")
-
-
-def doctor_command(options: argparse.Namespace) -> None:
-    """Versions, devices, backends, shipped models."""
-    import torch
-
-    from .assets import available_models
-    from .selective_scan import available_backends
-
-    print(f"python {platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores")
-    for package in ("torch", "einops", "numpy", "pillow", "safetensors", "torchdiffeq", "tqdm"):
-        try:
-            print(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            print(f"{package} is missing: pip install {package}")
-    devices = ["cpu"]
-    devices += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
-    devices += ["mps"] * torch.backends.mps.is_available()
-    print(f"devices: {', '.join(devices)}; {torch.get_num_threads()} threads")
-    print(f"scan backends, fastest first: {', '.join(available_backends())}")
-    for name, path in available_models().items():
-        print(f"model {name}: {path}")
-
-
-def _model_file(name: str) -> Path:
-    """A file's path, or that of the shipped model of this name."""
-    from .assets import available_models
-
-    models = available_models()
-    if name in models and not Path(name).is_file():
-        return models[name]
-    if not Path(name).is_file():
-        raise UserError(f"no model file {name}: give a path, or the name of a shipped model ({', '.join(models)})")
-    return Path(name)
-
-
-def _load(name: str, device: str) -> Bundle:
+def _load(name: str, device: str, **arguments: Any) -> Bundle:
     from .checkpoint import load_bundle
 
-    path = _model_file(name)
-    _check_device(device)
-    return load_bundle(path, device=device)
-
-
-def _check_device(device: str) -> None:
-    import torch
-
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # a build without CUDA says so in an AssertionError
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device {device!r} cannot be used here ({reason}): try --device cpu") from error
+    path = model_file(name)
+    check_device(device)
+    return load_bundle(path, device=device, **arguments)
 
 
 def _settings(bundle: Bundle, options: argparse.Namespace) -> SamplingSettings:
@@ -317,16 +290,17 @@ def _settings(bundle: Bundle, options: argparse.Namespace) -> SamplingSettings:
 
 
 def _draw(
-    bundle: Bundle, options: argparse.Namespace, prompts: list[str] | list[int] | None, negative: str, count: int
-) -> tuple[SamplingSettings, list[Image]]:
-    """`count` pictures for each prompt, with a progress bar on stderr; and the settings that drew them."""
+    bundle: Bundle, options: argparse.Namespace, prompts: Any, negative: str, count: int
+) -> tuple[SamplingSettings, list]:
+    """`count` pictures (or videos, as lists) for each prompt, with a progress bar; and the settings that drew them."""
     from tqdm import tqdm
 
     from .sampling import sample
-    from .sheet import enlarge, to_pictures
+    from .sheet import ANIMATIONS, FORMATS, enlarge, to_pictures
 
     settings = _settings(bundle, options)
-    _check_writable(options.output)
+    video = bundle.model.config.video_frames > 0 and not getattr(options, "sheet", False)
+    check_writable(options.output, ANIMATIONS if video else tuple(FORMATS))
     with tqdm(desc="sampling", unit="step", delay=0.2) as bar:  # the delay keeps it from standing before a refusal
 
         def progress(done: int, total: int) -> None:
@@ -337,6 +311,8 @@ def _draw(
             bundle, prompts, count=count, seed=options.seed, settings=settings, negative=negative,
             batch_size=options.batch_size, progress=progress,
         )  # fmt: skip
+    if images.dim() == 5:
+        return settings, [[enlarge(frame, options.upscale) for frame in to_pictures(video)] for video in images]
     return settings, [enlarge(picture, options.upscale) for picture in to_pictures(images)]
 
 
@@ -348,16 +324,3 @@ def _write_sheet(
     steps = "" if settings.solver == "dopri5" else f", {settings.steps} steps"
     footnote = f"{settings.solver}{steps}, guidance {settings.guidance:g}, seed {options.seed}"
     save_picture(labelled_sheet(pictures, captions, title=title, footnote=footnote), options.output)
-
-
-def _check_writable(path: Path) -> None:
-    """Find out before the work, not after it."""
-    from .sheet import picture_format
-
-    picture_format(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"the folder {path.parent} cannot be made ({error.strerror}): choose another") from error
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"the output {path} cannot be written: choose a file in a folder that is yours")

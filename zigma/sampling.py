@@ -52,7 +52,7 @@ class SamplingSettings:
 @torch.no_grad()
 def sample(
     bundle: Bundle,
-    prompts: Sequence[str] | Sequence[int] | None = None,
+    prompts: Sequence[str] | Sequence[int] | torch.Tensor | None = None,
     *,
     count: int = 1,
     seed: int = 0,
@@ -65,8 +65,8 @@ def sample(
 
     Args:
         bundle: what `load_bundle` returns.
-        prompts: texts for a text model, labels for a class model, None for a model without conditions. The empty text
-            is the trained null condition.
+        prompts: texts for a text model, or their features (n, tokens, width); labels for a class model, None for a
+            model without conditions. The empty text is the null condition, which no released model was trained on.
         count: pictures for each prompt.
         seed: of the noise, the same for every prompt.
         settings: None takes those that the file recommends.
@@ -76,7 +76,8 @@ def sample(
         progress: called as progress(done, total) before each step and at the end.
 
     Returns:
-        (len(prompts) * count, 3, H, W) float32 on the CPU, in [-1, 1], the pictures of a prompt one after another.
+        (len(prompts) * count, 3, H, W) float32 on the CPU, in [-1, 1], the pictures of a prompt one after another; of a
+        video model (len(prompts) * count, frames, 3, H, W).
 
     Raises:
         ValueError: for prompts that the model cannot take, a file that lacks a part, or impossible settings.
@@ -85,11 +86,12 @@ def sample(
     if count < 1 or batch_size < 1:
         raise ValueError(f"got count {count} and batch size {batch_size}, but expected at least 1 of each")
     if not bundle.latent.pixel_space and bundle.autoencoder is None:
-        raise ValueError("the file carries no autoencoder to decode its latents: use it in ComfyUI beside a VAE")
+        raise ValueError("there is no autoencoder to decode the latents: give one, or use the file in ComfyUI")
     condition, null = _conditions(bundle, prompts, negative, settings.guidance)
     noise = initial_noise(bundle, count, seed)
     if condition is not None:
-        noise, condition = noise.repeat(len(condition), 1, 1, 1), condition.repeat_interleave(count, dim=0)
+        noise = noise.repeat(len(condition), *[1] * (noise.dim() - 1))
+        condition = condition.repeat_interleave(count, dim=0)
 
     starts, done = range(0, len(noise), batch_size), 0
     total = 0 if settings.solver == "dopri5" else len(starts) * settings.steps
@@ -113,14 +115,16 @@ def sample(
 
 
 def initial_noise(bundle: Bundle, count: int, seed: int) -> torch.Tensor:
-    """Standard normal latents (count, channels, height, width) on the model's device, drawn on the CPU."""
-    shape = (count, bundle.model.config.in_channels, *bundle.model.config.img_dim)
+    """Standard normal latents (count, [frames,] channels, height, width) on the model's device, drawn on the CPU."""
+    config = bundle.model.config
+    frames = [config.video_frames] * (config.video_frames > 0)
+    shape = (count, *frames, config.in_channels, *config.img_dim)
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randn(shape, generator=generator).to(next(bundle.model.parameters()).device)
 
 
 def _conditions(
-    bundle: Bundle, prompts: Sequence[str] | Sequence[int] | None, negative: str, guidance: float
+    bundle: Bundle, prompts: Sequence[str] | Sequence[int] | torch.Tensor | None, negative: str, guidance: float
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(condition of each prompt, null condition), as the model takes them."""
     config = bundle.model.config
@@ -131,6 +135,17 @@ def _conditions(
         if guidance != 1:
             raise ValueError(f"got guidance {guidance:g}, but this model takes no condition to guide by: set it to 1")
         return None, None
+    if isinstance(prompts, torch.Tensor):
+        if not config.has_text or prompts.dim() != 3 or prompts.shape[2] != config.d_context:
+            raise ValueError(
+                f"got text features of shape {tuple(prompts.shape)}, but this model takes "
+                + (f"(n, tokens, {config.d_context})" if config.has_text else f"the condition {config.conditioning!r}")
+            )
+        if guidance == 1:
+            return prompts.to(device), None
+        if bundle.text_encoder is None:
+            raise ValueError(f"got guidance {guidance:g}, but the features come without a null condition: set it to 1")
+        return prompts.to(device), bundle.text_encoder.encode([negative])
     if not prompts:
         wanted = "a text" if config.conditioning == "text" else f"a label from 0 to {config.num_classes - 1}"
         raise ValueError(f"got no prompts, but this model takes {wanted} for each picture: give at least one")
@@ -143,13 +158,16 @@ def _conditions(
     if bundle.text_encoder is None:
         raise ValueError(
             f"the file carries no text encoder: its model takes text features of width {config.d_context} from another "
-            "one, which ComfyUI can load"
+            "one, such as CLIP, which the option --clip and ComfyUI can load"
         )
     return bundle.text_encoder.encode(list(prompts)), bundle.text_encoder.encode([negative])
 
 
 def _decode(bundle: Bundle, latents: torch.Tensor) -> torch.Tensor:
-    """Latents of the model (b, c, h, w) -> images (b, 3, H, W) in [-1, 1]."""
+    """Latents of the model (b, [f,] c, h, w) -> images (b, [f,] 3, H, W) in [-1, 1], frame by frame."""
     if bundle.latent.pixel_space:
         return latents.clamp(-1, 1)
-    return bundle.autoencoder.decode(bundle.latent.to_vae(latents))
+    latents = bundle.latent.to_vae(latents)
+    if latents.dim() == 4:
+        return bundle.autoencoder.decode(latents)
+    return torch.stack([bundle.autoencoder.decode(frame) for frame in latents.unbind(1)], dim=1)

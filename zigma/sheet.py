@@ -15,12 +15,21 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["draw_order", "enlarge", "labelled_sheet", "picture_format", "save_picture", "to_pictures"]
+__all__ = [
+    "draw_order",
+    "enlarge",
+    "labelled_sheet",
+    "picture_format",
+    "save_animation",
+    "save_picture",
+    "to_pictures",
+]
 
 INK, FAINT_INK, HAIRLINE, PAPER = (38, 41, 46), (120, 124, 130), (226, 229, 233), (255, 255, 255)
 # A path's colour from its first token to its last: dark blue, teal, green, yellow (after viridis; light means late).
 PATH_COLOURS = ((68, 33, 116), (48, 103, 141), (38, 160, 134), (122, 202, 80), (236, 212, 40))
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+ANIMATIONS = (".webp", ".mp4")
 OVERSAMPLING = 4  # Pillow draws lines without anti-aliasing: draw larger, then shrink.
 
 
@@ -154,6 +163,55 @@ def save_picture(picture: Image.Image, path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     encoded = io.BytesIO()
     picture.save(encoded, picture_format(path))
+    return _write(encoded, path)
+
+
+def save_animation(frames: Sequence[Image.Image], path: str | os.PathLike[str], fps: int = 8) -> Path:
+    """Write frames of one size as a video, whole or not at all, and make its folder if needed.
+
+    Args:
+        frames: at least one.
+        path: ends in .webp (animated without loss, repeating) or .mp4 (H.264 where the package av has it; players want
+            even sides, so that an odd one loses its last line).
+        fps: frames a second.
+
+    Raises:
+        ValueError: no frames, or another suffix. ImportError: an .mp4 without the package av. OSError: as above.
+    """
+    path = Path(path)
+    if not frames or path.suffix.lower() not in ANIMATIONS:
+        raise ValueError(
+            f"got {len(frames)} frames for {path.name}, but expected some, and a name that ends in "
+            f"{', '.join(ANIMATIONS)}"
+        )
+    encoded = io.BytesIO()
+    if path.suffix.lower() == ".mp4":
+        _encode_mp4(frames, encoded, fps)
+    else:
+        rest = list(frames[1:])
+        frames[0].save(encoded, "WEBP", save_all=True, append_images=rest, duration=1000 / fps, loop=0, lossless=True)
+    return _write(encoded, path)
+
+
+def _encode_mp4(frames: Sequence[Image.Image], target: io.BytesIO, fps: int) -> None:
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError("an .mp4 needs the package av: pip install av, or write a .webp") from error
+    with av.open(target, "w", format="mp4") as container:
+        codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+        stream = container.add_stream(codec, rate=fps)
+        stream.width, stream.height = frames[0].width // 2 * 2, frames[0].height // 2 * 2
+        stream.pix_fmt = "yuv420p"
+        if codec == "libx264":
+            stream.options = {"crf": "12"}
+        for frame in frames:
+            frame = frame.crop((0, 0, stream.width, stream.height))
+            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
+        container.mux(stream.encode())
+
+
+def _write(encoded: io.BytesIO, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".part")
     unfinished.write_bytes(encoded.getvalue())

@@ -11,12 +11,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
+import numpy
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 __all__ = ["TextEncoderConfig", "WordTextEncoder", "split_words"]
@@ -137,3 +141,61 @@ class WordTextEncoder(nn.Module):
         self.warn(prompts)
         tokens = torch.stack([self.tokenize(prompt) for prompt in prompts])
         return self(tokens.to(self.words.weight.device))
+
+
+class ClipTextEncoder:
+    """The frozen CLIP text model that the released text models were trained with, through transformers.
+
+    Radford et al. 2021, arXiv 2103.00020: the last hidden states, prompts padded and cut to 77 tokens, no mask.
+
+    Args:
+        source: what transformers' from_pretrained takes: a folder, or a name such as "openai/clip-vit-large-patch14",
+            which it downloads when asked for.
+        device: where it computes.
+
+    Raises:
+        ImportError: transformers is not installed. OSError: it finds no such model.
+    """
+
+    def __init__(self, source: str | os.PathLike, device: torch.device | str = "cpu") -> None:
+        try:
+            from transformers import CLIPTextModel, CLIPTokenizer
+        except ImportError as error:
+            raise ImportError(
+                "CLIP needs the package transformers, which is not installed: pip install transformers, or give "
+                "precomputed text features"
+            ) from error
+        self.tokenizer = CLIPTokenizer.from_pretrained(source)
+        self.model = CLIPTextModel.from_pretrained(source).to(device).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Features (b, 77, width) of prompts, in float32."""
+        length = self.model.config.max_position_embeddings
+        ids = self.tokenizer(
+            list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).input_ids
+        return self.model(ids.to(self.model.device)).last_hidden_state.float()
+
+
+def read_features(path: str | os.PathLike) -> Tensor:
+    """Text features (n, tokens, width) in float32 from a file: a .safetensors with one tensor, or with "features"; or
+    a .npy, of which nothing is unpickled. Published data sets keep several captions, (n, captions, tokens, width): the
+    first of each is taken.
+
+    Raises:
+        ValueError: no such numbers in it. OSError: there is no such file.
+    """
+    path = Path(path)
+    if path.suffix.lower() == ".npy":
+        features = torch.from_numpy(numpy.load(path, allow_pickle=False))
+    elif path.suffix.lower() == ".safetensors":
+        tensors = load_file(path)
+        features = tensors.get("features", next(iter(tensors.values())) if len(tensors) == 1 else None)
+    else:
+        raise ValueError(f"got text features in {path.name}, expected a .safetensors or a .npy")
+    if features is not None and features.dim() == 4:
+        features = features[:, 0]
+    if features is None or features.dim() != 3 or not features.is_floating_point():
+        raise ValueError(f"{path} holds no text features: expected one tensor (n, tokens, width) called 'features'")
+    return features.float()

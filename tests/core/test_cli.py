@@ -234,7 +234,7 @@ def test_the_demo_asks_only_for_what_its_model_knows():
         (["--steps", "4", "--solver", "dopri5"], "leave --steps out"),
         (["--device", "tpu9"], "device 'tpu9' cannot be used here"),
         (["--label", "1"], "not allowed with argument"),
-        (["--output", "p.docx"], "expected one that ends in .png"),
+        (["--output", "p.docx"], "expected a name that ends in .png"),
         (["--speed", "3"], "unrecognized arguments: --speed 3"),
     ],
 )

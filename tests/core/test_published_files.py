@@ -231,7 +231,9 @@ def test_harmful_pickles_are_inert_and_refused_by_name(tmp_path, name, wrapped, 
     with pytest.raises(CheckpointError, match="refused, because it asks for") as caught:
         load_checkpoint(path)
     assert time.monotonic() - started < 1
-    culprit = {"io.open": r"open", "torch.serialization.load": "torch", "subprocess.Popen": "Popen"}.get(culprit, culprit)
+    culprit = {"io.open": r"open", "torch.serialization.load": "torch", "subprocess.Popen": "Popen"}.get(
+        culprit, culprit
+    )
     assert culprit in str(caught.value) and "nothing in it was executed" in str(caught.value)
     assert not target.exists()
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import sys
+
+import numpy
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
-from zigma.text import TextEncoderConfig, WordTextEncoder, split_words
+from zigma.text import ClipTextEncoder, TextEncoderConfig, WordTextEncoder, read_features, split_words
 
 WORDS = ("ghost", "red", "fox", "face")
 
@@ -56,3 +61,60 @@ def test_a_configuration_survives_its_text_and_refuses_nonsense():
     for wrong in ({"width": 9}, {"length": 0}, {"vocabulary": ("a", "a")}):
         with pytest.raises(ValueError, match=r"expected|twice"):
             TextEncoderConfig(**{"vocabulary": WORDS, "width": 8, **wrong})
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    """A tiny CLIP as transformers saves one: random weights, a vocabulary of single letters."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install -e .[test])")
+    folder = tmp_path_factory.mktemp("clip")
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=77, eos_token_id=len(words) - 1, bos_token_id=len(words) - 2,
+    )  # fmt: skip
+    transformers.CLIPTextModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_clip_features_are_the_last_hidden_states_of_77_tokens(clip_folder):
+    encoder = ClipTextEncoder(clip_folder)
+    features = encoder.encode(["a b", "", "a " * 100])
+    assert features.shape == (3, 77, 16) and features.dtype == torch.float32
+    assert torch.equal(features[0, 0], features[1, 0])  # causal: the start knows nothing of what follows
+    assert not torch.allclose(features[0, 1], features[1, 1])
+    torch.testing.assert_close(encoder.encode(["a b"])[0], features[0], atol=1e-5, rtol=1e-5)
+    ids = encoder.tokenizer(["a b"], padding="max_length", max_length=77, return_tensors="pt").input_ids
+    assert torch.equal(encoder.model(ids).last_hidden_state, encoder.encode(["a b"]))
+
+
+def test_features_are_read_from_files(tmp_path):
+    features = torch.randn(3, 5, 4)
+    save_file({"features": features.half(), "other": torch.zeros(1)}, tmp_path / "a.safetensors")
+    assert torch.equal(read_features(tmp_path / "a.safetensors"), features.half().float())
+    save_file({"clip": features}, tmp_path / "one.safetensors")
+    assert torch.equal(read_features(tmp_path / "one.safetensors"), features)
+    captions = torch.stack([features, features + 1], dim=1)
+    numpy.save(tmp_path / "captions.npy", captions.numpy())
+    assert torch.equal(read_features(tmp_path / "captions.npy"), features)
+    save_file({"a": features, "b": features.clone()}, tmp_path / "two.safetensors")
+    numpy.save(tmp_path / "object.npy", numpy.array([{}], dtype=object), allow_pickle=True)
+    for name, sentence in (
+        ("two.safetensors", "holds no text features"),
+        ("object.npy", "allow_pickle"),
+        ("a.pt", "a.pt"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            read_features(tmp_path / name)
+
+
+def test_clip_without_transformers_names_the_remedy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match="pip install transformers, or give precomputed text features"):
+        ClipTextEncoder("anything")

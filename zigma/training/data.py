@@ -18,7 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ..autoencoder import TinyAutoencoder
+from ..autoencoder import TinyAutoencoder, load_autoencoder
 from ..checkpoint import LatentFormat
 from ..text import split_words
 from .emoji import PackedPictures, read_packed
@@ -168,12 +168,12 @@ def read_autoencoder(path: Path) -> TinyAutoencoder:
         ValueError, FileNotFoundError: no such file, or none in it.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no autoencoder at {path}: expected a .safetensors in TAESD layout")
-    with safe_open(path, framework="pt") as file:
-        keys = [key for key in file.keys() if key.startswith(("vae.", "taesd_", "vae_s"))]  # noqa: SIM118
-        state = {key.removeprefix("vae."): file.get_tensor(key).float() for key in keys}
-        stated = json.loads((file.metadata() or {}).get("zigma.latent", "null"))
-    if stated and stated["downscale"] == 1:
-        raise ValueError(f"{path} is a model in pixel space and has no autoencoder: leave the autoencoder out")
-    return TinyAutoencoder.from_state_dict(state).eval().requires_grad_(False)
+    if path.is_file() and path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            stated = json.loads((file.metadata() or {}).get("zigma.latent", "null"))
+        if stated and stated["downscale"] == 1:
+            raise ValueError(f"{path} is a model in pixel space and has no autoencoder: leave the autoencoder out")
+    model = load_autoencoder(path)
+    if not isinstance(model, TinyAutoencoder):
+        raise ValueError(f"{path} is a Stable Diffusion VAE, but training takes one in TAESD layout")
+    return model

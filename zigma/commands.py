@@ -1,0 +1,166 @@
+"""What the command line says about files, orders and this machine; and what all commands check first."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+# The imports that bring torch stand in the commands, so that --help and a misspelt option answer at once.
+
+
+class UserError(Exception):
+    """A mistake of the user, with the sentence that says what to do."""
+
+
+def model_file(name: str) -> Path:
+    """A file's path, or that of the shipped model of this name."""
+    from .assets import available_models
+
+    models = available_models()
+    if name in models and not Path(name).is_file():
+        return models[name]
+    if not Path(name).is_file():
+        raise UserError(f"no model file {name}: give a path, or the name of a shipped model ({', '.join(models)})")
+    return Path(name)
+
+
+def check_device(device: str) -> None:
+    """Find out now that torch cannot use a device."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # a build without CUDA says so in an AssertionError
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {device!r} cannot be used here ({reason}): try --device cpu") from error
+
+
+def check_writable(path: Path, suffixes: tuple[str, ...]) -> None:
+    """Find out before the work, not after it."""
+    if path.suffix.lower() not in suffixes:
+        raise UserError(f"got the output {path}, but expected a name that ends in {', '.join(suffixes)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the folder {path.parent} cannot be made ({error.strerror}): choose another") from error
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"the output {path} cannot be written: choose a file in a folder that is yours")
+
+
+def file_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """What the user tells about a file that does not describe itself, as `read_checkpoint` takes it."""
+    given = {
+        "scan_type": options.scan_type, "img_dim": options.img_dim, "video_frames": options.video_frames,
+        "legacy_permutation": options.legacy_permutation or None,
+        "corrected_time_order": options.corrected_time_order or None,
+    }  # fmt: skip
+    given = {key: value for key, value in given.items() if value is not None}
+    if options.config is not None:
+        import yaml
+
+        from .config import published_arguments
+
+        stated = yaml.safe_load(options.config.read_text(encoding="utf-8"))
+        given = {**published_arguments(stated, str(options.config), given), **given}
+    return {"weights": options.weights, **given}
+
+
+def inspect_command(options: argparse.Namespace) -> None:
+    """What a file holds, read without building a module."""
+    from .checkpoint import read_checkpoint
+
+    file = read_checkpoint(model_file(options.file), **file_arguments(options))
+    config = file.config
+    parts = {"denoiser": file.state_dict, "text encoder": file.text_state, "autoencoder": file.vae_state}
+    print(f"{file.path}: {Path(file.path).stat().st_size / 1e6:.1f} MB")
+    for name, state in parts.items():
+        if state:
+            dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}))
+            print(f"  {name}: {sum(t.numel() for t in state.values()):,} parameters in {len(state)} tensors, {dtypes}")
+        else:
+            print(f"  {name}: none in this file")
+    print(f"  width {config.embed_dim}, depth {config.depth}, patch size {config.patch_size}, state {config.d_state}")
+    height, width = config.img_dim
+    frames = f"{config.video_frames} frames of " if config.video_frames else ""
+    print(f"  input: {frames}{config.in_channels} x {height} x {width}, {config.grid[0]} x {config.grid[1]} tokens")
+    print(f"  condition: {config.conditioning}" + f", features of width {config.d_context}" * config.has_text)
+    own = "in the file, one for each layer" if file.token_orders is not None else config.scan_type
+    switches = [name for name in ("legacy_permutation", "corrected_time_order", "share_ssm") if getattr(config, name)]
+    print(f"  mixer: {config.mixer}; token orders: {own}" + "".join(f", {name}" for name in switches))
+    space = "pixels" if file.latent.pixel_space else f"latents, 1/{file.latent.downscale} of the picture's sides"
+    print(f"  works on: {space}")
+    for key, value in sorted(file.metadata.items()):
+        print(f"  {key} = {value if len(str(value)) <= 200 else str(value)[:197] + '...'}")
+
+
+def convert_command(options: argparse.Namespace) -> None:
+    """Any model file as one .safetensors that describes itself."""
+    import torch
+
+    from .autoencoder import load_autoencoder
+    from .checkpoint import RESERVED, load_bundle, save_checkpoint
+
+    check_writable(options.output, (".safetensors",))
+    source = model_file(options.file)
+    if options.output.exists() and options.output.samefile(source):
+        raise UserError(f"the output {options.output} is the input itself: choose another name")
+    # Without a dtype every tensor keeps the one it has: convert loses nothing.
+    bundle = load_bundle(source, dtype="keep", **file_arguments(options))
+    autoencoder = bundle.autoencoder if options.vae is None else load_autoencoder(options.vae)
+    kept = {key: value for key, value in bundle.metadata.items() if key not in RESERVED}
+    save_checkpoint(
+        bundle.model, options.output, kept, text_encoder=bundle.text_encoder, autoencoder=autoencoder,
+        latent=bundle.latent, dtype=getattr(torch, options.dtype) if options.dtype else None,
+    )  # fmt: skip
+    print(f"{options.output}: {options.output.stat().st_size / 1e6:.1f} MB")
+
+
+def scan_order_command(options: argparse.Namespace) -> None:
+    """The step at which each token is read, as the grid; or the path as a picture."""
+    import torch
+
+    from .scan_orders import available_orders, count_jumps, inverse_order, scan_order
+    from .sheet import draw_order, labelled_sheet, save_picture
+
+    generator = torch.Generator().manual_seed(options.seed)
+    kind, height, width = options.kind, options.height, options.width
+    indices = [options.index] if options.index is not None else range(min(8, available_orders().get(kind, 1)))
+    orders = [scan_order(kind, index, height=height, width=width, generator=generator) for index in indices]
+    if options.png:
+        drawings = [draw_order(order, height, width) for order in orders]
+        names = [f"{kind} {index}" for index in indices]
+        print(save_picture(drawings[0] if len(drawings) == 1 else labelled_sheet(drawings, names), options.png))
+        return
+    digits = len(str(height * width - 1))
+    for index, order in zip(indices, orders, strict=True):
+        print(f"{kind} {index} on {height} x {width} tokens: the step at which each is read")
+        for row in inverse_order(order).view(height, width).tolist():
+            print("  " + " ".join(f"{step:{digits}d}" for step in row))
+        print(f"order: {' '.join(map(str, order.tolist()))}")
+        print(f"jumps: {count_jumps(order, width)}")
+
+
+def doctor_command(options: argparse.Namespace) -> None:
+    """Versions, devices, backends, shipped models."""
+    import torch
+
+    from .assets import available_models
+    from .selective_scan import available_backends
+
+    print(f"python {platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores")
+    for package in ("torch", "einops", "numpy", "pillow", "safetensors", "torchdiffeq", "tqdm"):
+        try:
+            print(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            print(f"{package} is missing: pip install {package}")
+    devices = ["cpu"]
+    devices += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
+    devices += ["mps"] * torch.backends.mps.is_available()
+    print(f"devices: {', '.join(devices)}; {torch.get_num_threads()} threads")
+    print(f"scan backends, fastest first: {', '.join(available_backends())}")
+    for name, path in available_models().items():
+        print(f"model {name}: {path}")

@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -57,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        options.command(options)
+        for line in options.command(options) or ():
+            print(line)
         sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
@@ -80,7 +81,7 @@ def _parser() -> Parser:
     parser = Parser(prog="python -m zigma", description="ZigMa: pictures from zigzag Mamba diffusion models.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
 
-    def command(name: str, function: Callable[[argparse.Namespace], None], text: str) -> Parser:
+    def command(name: str, function: Callable[[argparse.Namespace], Iterator[str] | None], text: str) -> Parser:
         sub = commands.add_parser(name, help=text, description=text, parents=[shared])
         sub.set_defaults(command=function)
         return sub

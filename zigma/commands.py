@@ -1,4 +1,4 @@
-"""What the command line says about files, orders and this machine; and what all commands check first."""
+"""What the command line says about files, orders and this machine, line by line; and what all commands check first."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import importlib.metadata
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,35 +70,35 @@ def file_arguments(options: argparse.Namespace) -> dict[str, Any]:
     return {"weights": options.weights, **given}
 
 
-def inspect_command(options: argparse.Namespace) -> None:
+def inspect_command(options: argparse.Namespace) -> Iterator[str]:
     """What a file holds, read without building a module."""
     from .checkpoint import read_checkpoint
 
     file = read_checkpoint(model_file(options.file), **file_arguments(options))
     config = file.config
     parts = {"denoiser": file.state_dict, "text encoder": file.text_state, "autoencoder": file.vae_state}
-    print(f"{file.path}: {Path(file.path).stat().st_size / 1e6:.1f} MB")
+    yield f"{file.path}: {Path(file.path).stat().st_size / 1e6:.1f} MB"
     for name, state in parts.items():
         if state:
             dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}))
-            print(f"  {name}: {sum(t.numel() for t in state.values()):,} parameters in {len(state)} tensors, {dtypes}")
+            yield f"  {name}: {sum(t.numel() for t in state.values()):,} parameters in {len(state)} tensors, {dtypes}"
         else:
-            print(f"  {name}: none in this file")
-    print(f"  width {config.embed_dim}, depth {config.depth}, patch size {config.patch_size}, state {config.d_state}")
+            yield f"  {name}: none in this file"
+    yield f"  width {config.embed_dim}, depth {config.depth}, patch size {config.patch_size}, state {config.d_state}"
     height, width = config.img_dim
     frames = f"{config.video_frames} frames of " if config.video_frames else ""
-    print(f"  input: {frames}{config.in_channels} x {height} x {width}, {config.grid[0]} x {config.grid[1]} tokens")
-    print(f"  condition: {config.conditioning}" + f", features of width {config.d_context}" * config.has_text)
+    yield f"  input: {frames}{config.in_channels} x {height} x {width}, {config.grid[0]} x {config.grid[1]} tokens"
+    yield f"  condition: {config.conditioning}" + f", features of width {config.d_context}" * config.has_text
     own = "in the file, one for each layer" if file.token_orders is not None else config.scan_type
     switches = [name for name in ("legacy_permutation", "corrected_time_order", "share_ssm") if getattr(config, name)]
-    print(f"  mixer: {config.mixer}; token orders: {own}" + "".join(f", {name}" for name in switches))
+    yield f"  mixer: {config.mixer}; token orders: {own}" + "".join(f", {name}" for name in switches)
     space = "pixels" if file.latent.pixel_space else f"latents, 1/{file.latent.downscale} of the picture's sides"
-    print(f"  works on: {space}")
+    yield f"  works on: {space}"
     for key, value in sorted(file.metadata.items()):
-        print(f"  {key} = {value if len(str(value)) <= 200 else str(value)[:197] + '...'}")
+        yield f"  {key} = {value if len(str(value)) <= 200 else str(value)[:197] + '...'}"
 
 
-def convert_command(options: argparse.Namespace) -> None:
+def convert_command(options: argparse.Namespace) -> Iterator[str]:
     """Any model file as one .safetensors that describes itself."""
     import torch
 
@@ -116,10 +117,10 @@ def convert_command(options: argparse.Namespace) -> None:
         bundle.model, options.output, kept, text_encoder=bundle.text_encoder, autoencoder=autoencoder,
         latent=bundle.latent, dtype=getattr(torch, options.dtype) if options.dtype else None,
     )  # fmt: skip
-    print(f"{options.output}: {options.output.stat().st_size / 1e6:.1f} MB")
+    yield f"{options.output}: {options.output.stat().st_size / 1e6:.1f} MB"
 
 
-def scan_order_command(options: argparse.Namespace) -> None:
+def scan_order_command(options: argparse.Namespace) -> Iterator[str]:
     """The step at which each token is read, as the grid; or the path as a picture."""
     import torch
 
@@ -133,34 +134,34 @@ def scan_order_command(options: argparse.Namespace) -> None:
     if options.png:
         drawings = [draw_order(order, height, width) for order in orders]
         names = [f"{kind} {index}" for index in indices]
-        print(save_picture(drawings[0] if len(drawings) == 1 else labelled_sheet(drawings, names), options.png))
+        yield save_picture(drawings[0] if len(drawings) == 1 else labelled_sheet(drawings, names), options.png)
         return
     digits = len(str(height * width - 1))
     for index, order in zip(indices, orders, strict=True):
-        print(f"{kind} {index} on {height} x {width} tokens: the step at which each is read")
+        yield f"{kind} {index} on {height} x {width} tokens: the step at which each is read"
         for row in inverse_order(order).view(height, width).tolist():
-            print("  " + " ".join(f"{step:{digits}d}" for step in row))
-        print(f"order: {' '.join(map(str, order.tolist()))}")
-        print(f"jumps: {count_jumps(order, width)}")
+            yield "  " + " ".join(f"{step:{digits}d}" for step in row)
+        yield f"order: {' '.join(map(str, order.tolist()))}"
+        yield f"jumps: {count_jumps(order, width)}"
 
 
-def doctor_command(options: argparse.Namespace) -> None:
+def doctor_command(options: argparse.Namespace) -> Iterator[str]:
     """Versions, devices, backends, shipped models."""
     import torch
 
     from .assets import available_models
     from .selective_scan import available_backends
 
-    print(f"python {platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores")
+    yield f"python {platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores"
     for package in ("torch", "einops", "numpy", "pillow", "safetensors", "torchdiffeq", "tqdm"):
         try:
-            print(f"{package} {importlib.metadata.version(package)}")
+            yield f"{package} {importlib.metadata.version(package)}"
         except importlib.metadata.PackageNotFoundError:
-            print(f"{package} is missing: pip install {package}")
+            yield f"{package} is missing: pip install {package}"
     devices = ["cpu"]
     devices += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
     devices += ["mps"] * torch.backends.mps.is_available()
-    print(f"devices: {', '.join(devices)}; {torch.get_num_threads()} threads")
-    print(f"scan backends, fastest first: {', '.join(available_backends())}")
+    yield f"devices: {', '.join(devices)}; {torch.get_num_threads()} threads"
+    yield f"scan backends, fastest first: {', '.join(available_backends())}"
     for name, path in available_models().items():
-        print(f"model {name}: {path}")
+        yield f"model {name}: {path}"

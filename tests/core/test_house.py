@@ -19,7 +19,7 @@ HOST_MODULES = {
     "comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "latent_preview", "nodes", "server",
     "execution",
 }  # fmt: skip
-PRINTERS = {"cli.py", "commands.py", "__main__.py"}
+PRINTERS = {"cli.py", "__main__.py"}
 
 
 def name(path: Path) -> str:

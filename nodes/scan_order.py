@@ -49,9 +49,9 @@ class ZigMaScanOrder(io.ComfyNode):
                 io.Model.Input("model", tooltip="A ZigMa model. It is not changed: the output is a copy."),
                 io.Combo.Input(
                     "order", options=list(available_orders()), default="zigzag",
-                    tooltip="zigzag turns round at the end of each line, sweep jumps back; bidirectional is "
-                    "the raster and its reverse; hilbert stays near; diagonal runs like JPEG; hilbert-published is the table that published weights were trained "
-                    "with; random is drawn from the seed.",
+                    tooltip="zigzag turns round at the end of each line, sweep jumps back; bidirectional is the raster "
+                    "and its reverse; hilbert stays near; diagonal runs like JPEG; hilbert-published is the table that "
+                    "published weights were trained with; random is drawn from the seed.",
                 ),
                 io.String.Input(
                     "variants", default="0-7",

@@ -23,6 +23,7 @@ import comfy.options  # noqa: E402
 comfy.options.enable_args_parsing()
 
 import comfy.sample  # noqa: E402
+import comfy.sd  # noqa: E402
 import comfy.utils  # noqa: E402
 import torch  # noqa: E402
 
@@ -76,9 +77,9 @@ def empty(pack, model, batch=1, width=0, height=0):
     return pack.node("ZigMaEmptyLatent").execute(model, width, height, batch).result[0]
 
 
-def command_line(pack, prompt="red fox", count=1, **settings):
+def command_line(pack, prompt="red fox", count=1, name=TINY, **settings):
     """What the command line draws: IMAGE (b, h, w, 3) in [0, 1]."""
-    bundle = pack.checkpoint.load_bundle(pack.file)
+    bundle = pack.checkpoint.load_bundle(pack.file.with_name(name))
     chosen = pack.sampling.SamplingSettings(**{"steps": 10, "solver": "euler", "guidance": 2.0, **settings})
     with torch.inference_mode(False):
         images = pack.sampling.sample(bundle, [prompt], count=count, seed=3, settings=chosen)
@@ -116,6 +117,29 @@ def check_every_node_has_tooltips_and_a_help_page(pack):
 def check_ksampler_equals_the_command_line(pack):
     model, clip, vae = loaded(pack)
     close(stock_pictures(model, clip, vae, empty(pack, model)), command_line(pack))
+
+
+def check_every_kind_of_model_equals_the_command_line(pack):
+    names = sorted(path.name for path in pack.file.parent.glob("kind_*.safetensors"))
+    assert len(names) == 6, names
+    for name in names:
+        model, clip, vae = loaded(pack, name)
+        close(stock_pictures(model, clip, vae, empty(pack, model)), command_line(pack, name=name))
+
+
+def check_a_video_model_is_refused_with_a_sentence(pack):
+    refused(lambda: loaded(pack, "video.safetensors"), "video model of 3 frames", "python -m zigma sample")
+
+
+def check_stable_diffusions_vae_equals_the_hosts(pack):
+    torch.manual_seed(0)
+    with torch.inference_mode(False):
+        ours = pack.part("zigma.autoencoder_kl").AutoencoderKL()
+    vae = comfy.sd.VAE(sd={key: value.clone() for key, value in ours.state_dict().items()})
+    latents = torch.randn(1, 4, 8, 6)
+    close(vae.decode(latents), ours.decode(latents).movedim(1, -1) / 2 + 0.5)
+    pictures = torch.rand(1, 64, 48, 3)
+    close(vae.encode(pictures), ours.encode(pictures.movedim(-1, 1) * 2 - 1))  # both give the mean
 
 
 def check_a_batch_and_no_guidance_equal_the_command_line(pack):

@@ -65,6 +65,17 @@ def write_models(base: Path) -> None:
     full = model(in_channels=4, img_dim=(4, 6))
     save_checkpoint(full, folder / "tiny.safetensors", text_encoder=text, autoencoder=autoencoder, latent=latent)
     save_checkpoint(full, folder / "bare.safetensors", latent=latent)
+    kinds = {
+        "both_ways": {"scan_type": "v2", "rms_norm": False}, "shared": {"share_ssm": True, "bias": True},
+        "attention": {"mixer": "attention"}, "places": {"use_pe": 1}, "hilbert": {"scan_type": "hilbertN8"},
+        "legacy": {"legacy_permutation": True},
+    }  # fmt: skip
+    for name, more in kinds.items():
+        kind = model(in_channels=4, img_dim=(4, 6), **more)
+        path = folder / f"kind_{name}.safetensors"
+        save_checkpoint(kind, path, text_encoder=text, autoencoder=autoencoder, latent=latent)
+    video = model(in_channels=4, img_dim=(4, 6), scan_type="video_sst", video_frames=3)
+    save_checkpoint(video, folder / "video.safetensors", latent=latent)
     pixels = model(in_channels=3, img_dim=(4, 6), patch_size=1)
     save_checkpoint(pixels, folder / "pixels.safetensors", text_encoder=text, latent=LatentFormat(3, downscale=1))
     save_file(autoencoder.state_dict(), base / "models" / "vae" / "tiny_vae.safetensors")

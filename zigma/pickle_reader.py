@@ -14,7 +14,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import pickletools
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,11 @@ class _Storage:
     dtype: torch.dtype
     numel: int
 
+
+# What the standard library raises on damaged zips, as found by damaging some.
+_ZIP_ERRORS = (
+    zipfile.BadZipFile, EOFError, OSError, RuntimeError, NotImplementedError, ValueError, struct.error, zlib.error,
+)  # fmt: skip
 
 _MARK = object()
 
@@ -296,7 +303,9 @@ class TorchFile:
         self.path = Path(path)
         try:
             self._zip = zipfile.ZipFile(self.path)
-        except zipfile.BadZipFile as error:
+        except FileNotFoundError:
+            raise
+        except _ZIP_ERRORS as error:
             raise self._no_zip() from error
         entries = {entry.filename: entry for entry in self._zip.infolist()}
         pickles = [name for name in entries if name == "data.pkl" or name.endswith("/data.pkl")]
@@ -307,14 +316,14 @@ class TorchFile:
         self._folder = pickles[0].removesuffix("data.pkl")
         self._entries = entries
         order = entries.get(self._folder + "byteorder")
-        if order is not None and order.file_size < 16 and self._zip.read(order) != b"little":
+        if order is not None and order.file_size < 16 and self._read(order.filename) != b"little":
             raise PickleError("its numbers are big-endian, which this reader does not turn")
         self.contents = read_pickle(self._read(pickles[0]))
 
     def _read(self, name: str) -> bytes:
         try:
             return self._zip.read(name)
-        except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, NotImplementedError) as error:
+        except _ZIP_ERRORS as error:
             raise PickleError(f"its part {name} cannot be read ({str(error)[:80]})") from error
 
     def _no_zip(self) -> PickleError:
@@ -342,7 +351,7 @@ class TorchFile:
                 while chunk := file.read(1 << 24):  # the tensor itself is the only whole copy in memory
                     view[done : done + len(chunk)] = chunk
                     done += len(chunk)
-        except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
+        except _ZIP_ERRORS as error:
             raise PickleError(f"its part {name} cannot be read ({str(error)[:80]})") from error
         if done != size:
             raise PickleError(f"its part {name} ends after {done} of {size} bytes")

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import random
 import subprocess
 import sys
 import time
@@ -386,3 +387,39 @@ def test_a_published_file_is_converted_without_loss(tmp_path, root):
     assert same(again.model, bundle.model) and again.latent == bundle.latent
     with safe_open(out, framework="pt") as file:
         assert json.loads(file.metadata()["zigma.config"])["scan_type"] == "zigzagN8"
+
+
+@pytest.mark.parametrize("part", ["pickle", "file"])
+def test_damage_anywhere_ends_in_a_sentence_or_in_a_model(root, tmp_path, part):
+    """Bytes changed, lost and put in, in the pickle or in the zip around it: never another exception."""
+    source, path = root / "tests/data/published_checkpoint.pt", tmp_path / "damaged.pt"
+    with zipfile.ZipFile(source) as file:
+        parts = {entry.filename: file.read(entry) for entry in file.infolist()}
+    name = next(n for n in parts if n.endswith("data.pkl"))
+    whole = source.read_bytes() if part == "file" else parts[name]
+    generator = random.Random(0)
+    refused = 0
+    for _ in range(150):
+        data = bytearray(whole)
+        for _ in range(generator.choice((1, 2, 8))):
+            # Half of it near the end: there the pickle has its configuration, and the zip its directory.
+            low = len(data) - 2500 if generator.random() < 0.5 else 0
+            place, kind = generator.randrange(low, len(data)), generator.random()
+            if kind < 0.5:
+                data[place] = generator.randrange(256)
+            elif kind < 0.75:
+                del data[place : place + generator.randrange(1, 20)]
+            else:
+                data[place:place] = generator.randbytes(generator.randrange(1, 8))
+        if part == "file":
+            path.write_bytes(data)
+        else:
+            with zipfile.ZipFile(path, "w") as file:
+                for key, value in parts.items():
+                    file.writestr(key, bytes(data) if key == name else value)
+        try:
+            load_checkpoint(path)
+        except CheckpointError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 50

@@ -81,8 +81,8 @@ def test_the_true_hilbert_walk_does_not_jump_and_the_published_table_is_its_inve
 
 @given(st.integers(0, 7), SIDES, SIDES)
 def test_a_hilbert_walk_of_any_rectangle_steps_to_neighbours_where_that_can_be(index, height, width):
-    """From one end of a longer side to its other end there is no path of neighbours if that side is odd and the other
-    even: coloured like a chessboard, both ends have the colour that a path of even length cannot return to."""
+    """No path of neighbours joins the ends of a longer side that is odd where the other is even: on a chessboard these
+    ends have one colour, and a path over all of the even number of cells ends on the other."""
     order = scan_order("hilbert", index, height=height, width=width)
     row, column = order // width, order % width
     steps = torch.stack([row.diff().abs(), column.diff().abs()])

@@ -61,12 +61,9 @@ def file_arguments(options: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
     given = {key: value for key, value in given.items() if value is not None}
     if options.config is not None:
-        import yaml
+        from .config import read_published_yaml
 
-        from .config import published_arguments
-
-        stated = yaml.safe_load(options.config.read_text(encoding="utf-8"))
-        given = {**published_arguments(stated, str(options.config), given), **given}
+        given = {**read_published_yaml(options.config, given), **given}
     return {"weights": options.weights, **given}
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from .scan_orders import LayerSchedule
 
-__all__ = ["PRESETS", "ZigMaConfig", "published_arguments"]
+__all__ = ["PRESETS", "ZigMaConfig", "published_arguments", "read_published_yaml"]
 
 # name -> (embed_dim, depth): the published sizes. "B/2" is B with patch_size 2.
 PRESETS = {"S": (368, 24), "B": (768, 24), "M": (768, 48), "L": (1024, 48), "H": (1536, 48)}
@@ -234,13 +234,7 @@ class ZigMaConfig:
         Raises:
             ValueError: no such mapping in it, or an argument left as a reference; ImportError without PyYAML.
         """
-        import yaml
-
-        try:
-            stated = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is no YAML ({str(error).splitlines()[0]}): expected a published model") from error
-        return cls.from_published(**{**published_arguments(stated, str(path), arguments), **arguments})
+        return cls.from_published(**{**read_published_yaml(path, arguments), **arguments})
 
     def to_json(self) -> str:
         """The configuration as one JSON object, as a file's metadata keeps it."""
@@ -262,6 +256,21 @@ class ZigMaConfig:
         if strange:
             raise ValueError(f"the configuration has unknown fields {', '.join(strange)}: a newer version wrote it")
         return cls(**fields)
+
+
+def read_published_yaml(path: str | os.PathLike, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """`published_arguments` of a YAML file.
+
+    Raises:
+        ValueError: as `published_arguments`, and for a file that is no YAML. ImportError without PyYAML.
+    """
+    import yaml
+
+    try:
+        stated = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML ({str(error).splitlines()[0]}): expected a published model") from error
+    return published_arguments(stated, str(path), given)
 
 
 def published_arguments(stated: Any, source: str, given: Mapping[str, Any] | None = None) -> dict[str, Any]:

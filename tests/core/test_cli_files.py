@@ -93,6 +93,7 @@ def test_a_state_dict_and_a_published_yaml_make_a_model(tmp_path, capsys):
         (["convert", "{tmp}/none.pt", "{tmp}/o.safetensors"], "no model file"),
         (["convert", "{tmp}/m.safetensors", "{tmp}/o.safetensors", "--scan-type", "v2"], "describes its model itself"),
         (["inspect", "{pt}", "--img-dim", "8x8x8"], "height x width"),
+        (["inspect", "{pt}", "--config", "{pt}"], "is no YAML"),
         (["sample", "--model", "{pt}", "--output", "{tmp}/a.png"], "give one with --vae"),
         (["sample", "--model", "{video}", "--output", "{tmp}/a.png"], "ends in .webp, .mp4"),
         (["sample", "--model", "{text}", "--features", "{tmp}/f.npy", "--output", "{tmp}/a.png"], "f.npy"),

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from .autoencoder_kl import AutoencoderKL, is_autoencoder_kl
+from .autoencoder_kl import AutoencoderKL, differing_keys, is_autoencoder_kl
 from .pickle_reader import TensorReference, TorchFile
 
 __all__ = ["Autoencoder", "TinyAutoencoder", "autoencoder_from_state_dict", "load_autoencoder"]
@@ -112,10 +112,9 @@ class TinyAutoencoder(nn.Module):
                 "pass the file of such a VAE"
             )
         model = cls(first.shape[1], operations=operations, device="meta", dtype=first.dtype)
-        own = model.state_dict()
         neutral = {"vae_scale": torch.ones((), dtype=first.dtype), "vae_shift": torch.zeros((), dtype=first.dtype)}
         state = {**neutral, **state}
-        wrong = sorted(set(own) ^ set(state)) + [k for k in own if k in state and own[k].shape != state[k].shape]
+        wrong = differing_keys(model.state_dict(), state)
         if wrong:
             raise ValueError(
                 f"got an autoencoder that differs from the TAESD layout in {len(wrong)} tensors "

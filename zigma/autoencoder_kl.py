@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-__all__ = ["AutoencoderKL", "is_autoencoder_kl"]
+__all__ = ["AutoencoderKL", "differing_keys", "is_autoencoder_kl"]
 
 GROUPS, EPS = 32, 1e-6
 
@@ -200,8 +200,7 @@ class AutoencoderKL(nn.Module):
             tuple(tensor.shape[0] for tensor in first), blocks, last.shape[1], quantised="quant_conv.weight" in state,
             operations=operations, device="meta", dtype=last.dtype,
         )  # fmt: skip
-        own = model.state_dict()
-        wrong = sorted(set(own) ^ set(state)) + [k for k in own if k in state and own[k].shape != state[k].shape]
+        wrong = differing_keys(model.state_dict(), state)
         if wrong:
             raise ValueError(
                 f"got an autoencoder that differs from Stable Diffusion's in {len(wrong)} tensors "
@@ -209,6 +208,11 @@ class AutoencoderKL(nn.Module):
             )
         model.load_state_dict(state, assign=True)
         return model.to(device) if device is not None else model
+
+
+def differing_keys(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    """Keys that only one of the two has, then those whose shapes differ."""
+    return sorted(set(own) ^ set(state)) + [k for k in own if k in state and own[k].shape != state[k].shape]
 
 
 def is_autoencoder_kl(state: Mapping[str, Tensor]) -> bool:

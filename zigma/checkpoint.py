@@ -255,8 +255,8 @@ def load_bundle(
 
 
 def load_checkpoint(
-    path: str | os.PathLike, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, weights: str = "ema",
-    token_orders: Sequence[Tensor] | None = None, **arguments: Any,
+    path: str | os.PathLike, device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None,
+    weights: str = "ema", token_orders: Sequence[Tensor] | None = None, **arguments: Any,
 ) -> ZigMa:  # fmt: skip
     """The denoiser of a model file, in evaluation mode.
 
@@ -368,7 +368,7 @@ def _layer_orders(
         raise CheckpointError(path, f"its token orders are unusable ({error})", "write the file again") from error
 
 
-def _filled(module: nn.Module, state: dict[str, Tensor], device: torch.device | str, dtype: torch.dtype | None):
+def _filled(module: nn.Module, state: dict[str, Tensor], device: torch.device | str, dtype: torch.dtype | str | None):
     """A module from the meta device with these weights, ready for sampling. Empties `state`, to hold nothing twice."""
     dtype = _dtype(dtype)
     module.load_state_dict({key: state.pop(key).to(device, dtype) for key in list(state)}, assign=True)

@@ -211,7 +211,7 @@ class ZigMaConfig:
         if ssm.get("dt_rank") == "auto":
             ssm.pop("dt_rank")
         initializer = dict(arguments.pop("initializer_cfg", None) or {})
-        arguments = {"scan_type": "v2", "n_context_token": 0, **arguments, **ssm}
+        arguments = {"scan_type": "v2", **arguments, **ssm}
         strange = sorted(set(initializer) - _INITIALIZER_ARGUMENTS)
         initializer.pop("initializer_range", None)
         known = {field.name for field in dataclasses.fields(cls)}

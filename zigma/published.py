@@ -55,7 +55,7 @@ def read_torch_checkpoint(path: str | os.PathLike, weights: str) -> tuple[dict[s
         strange = [str(key) for key, value in state.items() if not isinstance(value, TensorReference)]
         if strange:
             raise ValueError(f"its state dict has entries that are no tensors ({', '.join(strange[:3])})")
-        return strip_prefixes({str(key): file.tensor(value) for key, value in state.items()}), arguments, facts
+        return {str(key): file.tensor(value) for key, value in state.items()}, arguments, facts
 
 
 def _chosen(contents: dict, weights: str) -> dict:

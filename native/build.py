@@ -25,6 +25,7 @@ ZIG_VERSION = "0.17.1"
 
 COMMON = (
     *("-O3", "-std=gnu11", "-fPIC", "-g0", "-fvisibility=hidden", "-ffp-contract=off"),
+    "-fno-math-errno",
     *("-Wall", "-Wextra", "-Werror"),
 )
 # (object, source, flags)

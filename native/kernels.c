@@ -3,6 +3,7 @@
 #include "kernels.h"
 
 #include "conv_kernel.h"
+#include "norm_kernel.h"
 #include "scan_kernel.h"
 
 static void exp2_array(const float *x, float *y, int64_t count) {
@@ -23,5 +24,6 @@ const zs_kernels VARIANT = {
     .conv_workspace = conv_workspace,
     .conv_forward = conv_forward,
     .conv_backward = conv_backward,
+    .norm_rows = norm_rows,
     .exp2 = exp2_array,
 };

@@ -7,7 +7,7 @@
 #include "scan.h"
 
 /* CHUNK steps between checkpoints; BLOCK states of a channel are in registers at a time. */
-enum { UNIT_CHANNELS = 128, CHUNK = 16, BLOCK = 8 };
+enum { UNIT_CHANNELS = 128, CHUNK = 16, BLOCK = 8, NORM_ROWS = 16 };
 
 typedef struct {
     const zs_scan_args *args;
@@ -35,6 +35,7 @@ typedef struct {
     int64_t (*conv_workspace)(const conv_job *, int backward);
     void (*conv_forward)(const conv_job *, int64_t batch, int64_t unit, float *workspace);
     void (*conv_backward)(const conv_job *, int64_t batch, int64_t unit, float *workspace);
+    void (*norm_rows)(const zs_norm_args *, int64_t batch, int64_t block, float *workspace);
     void (*exp2)(const float *x, float *y, int64_t count);  /* for the accuracy test */
 } zs_kernels;
 

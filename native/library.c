@@ -41,7 +41,10 @@ static const zs_kernels *find_kernels(const char *name) {
 
 EXPORT int64_t zs_abi_version(void) { return ZS_ABI_VERSION; }
 
-EXPORT int64_t zs_structure_size(int64_t which) { return which ? sizeof(zs_conv_args) : sizeof(zs_scan_args); }
+EXPORT int64_t zs_structure_size(int64_t which) {
+    const size_t sizes[] = {sizeof(zs_scan_args), sizeof(zs_conv_args), sizeof(zs_norm_args)};
+    return (int64_t)sizes[which];
+}
 
 EXPORT const char *zs_instruction_set(const char *name) {
     const zs_kernels *kernels = find_kernels(name);
@@ -293,4 +296,28 @@ EXPORT int64_t zs_conv_backward(const char *instruction_set, const zs_conv_args 
     zs_release(run.job.weight_partial);
     zs_release(run.job.weight_packed);
     return status;
+}
+
+/* ---- normalisation ---- */
+
+typedef struct {
+    const zs_kernels *kernels;
+    const zs_norm_args *args;
+    int64_t blocks;
+} norm_run;
+
+static void norm_task(void *context, int64_t task, float *workspace) {
+    norm_run *run = context;
+    run->kernels->norm_rows(run->args, task / run->blocks, task % run->blocks, workspace);
+}
+
+EXPORT int64_t zs_norm_forward(const char *instruction_set, const zs_norm_args *a) {
+    norm_run run = {.kernels = find_kernels(instruction_set), .args = a};
+    if (!run.kernels) return ZS_UNSUPPORTED;
+    for (int64_t k = 0; a->gather && k < a->length; k++)
+        if (a->gather[k] < 0 || a->gather[k] >= a->length) return ZS_BAD_ORDER;
+    run.blocks = (a->length + NORM_ROWS - 1) / NORM_ROWS;
+    /* A row costs a fraction of what its scan does. */
+    return zs_parallel(zs_useful_threads(a->threads, a->batch * a->length * a->width), a->batch * run.blocks,
+                       round_up(a->width, run.kernels->lanes), norm_task, &run);
 }

@@ -7,7 +7,7 @@
 
 #include <stdint.h>
 
-#define ZS_ABI_VERSION 1
+#define ZS_ABI_VERSION 2
 
 enum { ZS_F32 = 0, ZS_BF16 = 1 };
 enum { ZS_OK = 0, ZS_BAD_ORDER = 1, ZS_NO_MEMORY = 2, ZS_UNSUPPORTED = 3 };
@@ -43,5 +43,18 @@ typedef struct {
     zs_rows d_out, d_x;
     float *d_weight, *d_bias;
 } zs_conv_args;
+
+/* x = (base + gate mix + residual) at row gather[k] (NULL: k); normed = norm(x) weight + bias;
+ * modulated = normed (1 + scale) + shift. gate, scale and shift are one row for each batch entry (row_stride 0).
+ * What has no data is left out: of the inputs mix, gate, residual, weight, bias, of the outputs all. */
+typedef struct {
+    int64_t batch, length, width, threads;
+    int64_t layer_norm; /* 0: RMSNorm */
+    double eps;
+    const int64_t *gather;
+    const float *weight, *bias;
+    zs_rows base, mix, gate, residual, scale, shift;
+    zs_rows total, normed, modulated;
+} zs_norm_args;
 
 #endif

@@ -118,9 +118,9 @@ def test_the_kernel_refuses_an_order_by_itself(library):
     for bad in ([0, 1, 2, 3, 4, 5, 6, 8], [0, 1, 2, 3, 4, 5, 6, 6], [-1, 1, 2, 3, 4, 5, 6, 7]):
         order = torch.tensor(bad)
         with pytest.raises(ValueError, match="not a permutation of 0 to 7"):
-            native.scan_forward(library, u, delta, A, B, C, D, z, bias, True, None, order, keep=False)
+            native.scan_forward(u, delta, A, B, C, D, z, bias, True, None, order, False)
         with pytest.raises(ValueError, match="not a permutation of 0 to 7"):
-            native.conv_forward(library, u, torch.ones(4, 4), None, order)
+            native.conv_forward(u, torch.ones(4, 4), None, order)
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "one byte", "another library", "checksum"])
@@ -186,7 +186,8 @@ def test_nothing_is_loaded_at_import():
 
 def test_structures_have_the_size_of_the_interface(library):
     """Field by field the two sides must agree; the C side states its sizes."""
-    assert library.structure_sizes() == (ctypes.sizeof(native_library.ScanArgs), ctypes.sizeof(native_library.ConvArgs))
+    structures = (native_library.ScanArgs, native_library.ConvArgs, native_library.NormArgs)
+    assert library.structure_sizes() == tuple(ctypes.sizeof(structure) for structure in structures)
 
 
 def test_the_committed_library_is_what_the_source_builds(tmp_path):

@@ -1,7 +1,12 @@
 """Which backend runs: chosen by device and dtype, or forced by name; said once through logging.
 
-A backend is a module with `scan`, `conv1d_silu`, `unavailable()` (why it cannot run on this machine, with the remedy,
-or None) and `unsupported(*tensors)` (why it cannot take these inputs, or None).
+A backend is a module with NAME and these functions; scan and conv as in custom_ops.py, without autograd:
+
+    unavailable() -> str | None         why it cannot run on this machine, with the remedy
+    unsupported(*tensors) -> str | None why it cannot take tensors of these devices and dtypes
+    describe() -> str                   what exactly runs, for the log line
+    states_shape(b, l, d, n)            shape of what scan_forward keeps for backward
+    scan_forward, scan_backward, conv_forward, conv_backward
 """
 
 from __future__ import annotations
@@ -9,17 +14,29 @@ from __future__ import annotations
 import logging
 import os
 from types import ModuleType
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from . import native, reference, torch_backend
 
 logger = logging.getLogger(__name__)
 
-BACKENDS: dict[str, ModuleType] = {"native": native, "torch": torch_backend, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (native, torch_backend, reference)}
 ENVIRONMENT_VARIABLE = "ZIGMA_SCAN_BACKEND"
 
+# The first that can run does, or else torch, which always can. What is not named here (MPS, XPU, ...) has torch alone.
+PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("native",)}
+
 _said: set[str] = set()
+
+
+class _Kind(NamedTuple):
+    """What of a tensor decides: a constant while a graph is traced, which a tensor is not."""
+
+    device: torch.device
+    dtype: torch.dtype
 
 
 def available_backends() -> tuple[str, ...]:
@@ -27,41 +44,49 @@ def available_backends() -> tuple[str, ...]:
     return tuple(name for name, module in BACKENDS.items() if module.unavailable() is None)
 
 
-def select_backend(name: str | None, *tensors: Tensor | None) -> ModuleType:
+def select_backend(name: str | None, *tensors: Tensor | None) -> str:
     """The backend for these inputs. `name`, or else ZIGMA_SCAN_BACKEND, forces one.
 
     Raises:
         ValueError: no backend has that name.
         RuntimeError: the named backend cannot run here or cannot take these inputs.
     """
+    return _select(name, *((t.device, t.dtype) for t in tensors if t is not None))
+
+
+@torch.compiler.assume_constant_result
+def _select(name: str | None, *kinds: tuple[torch.device, torch.dtype]) -> str:
+    kinds = tuple(_Kind(*kind) for kind in kinds)
     source = "asked for by the caller" if name else f"set by {ENVIRONMENT_VARIABLE}"
     name = name or os.environ.get(ENVIRONMENT_VARIABLE)
     if name:
-        return _forced(name, source, tensors)
-    device = tensors[0].device.type
-    if device != "cpu":
-        return _say(logging.INFO, "torch", f"the tensors are on {device}")
-    reason = native.unavailable()
-    if reason is not None:
-        return _say(logging.WARNING, "torch", f"the native kernel, several times faster, cannot run: {reason}")
-    reason = native.unsupported(*tensors)
-    if reason is not None:
-        return _say(logging.INFO, "torch", f"the native kernel {reason}")
-    return _say(logging.INFO, "native", f"the tensors are on the CPU ({native.describe()})")
+        return _forced(name, source, kinds)
+    device, level, passed_over = kinds[0].device.type, logging.INFO, []
+    for candidate in PREFERENCE.get(device, ()):
+        module = BACKENDS[candidate]
+        if (reason := module.unavailable()) is not None:
+            level = logging.WARNING  # slower than this machine could be: never in silence
+            passed_over.append(f"the {candidate} kernel, several times faster, cannot run: {reason}")
+        elif (reason := module.unsupported(*kinds)) is not None:
+            passed_over.append(f"the {candidate} kernel {reason}")
+        else:
+            passed_over.append(f"the tensors are on {device} ({module.describe()})")
+            return _say(logging.INFO, candidate, "; ".join(passed_over))
+    return _say(level, "torch", "; ".join(passed_over) or f"the tensors are on {device}, which has no kernel of its own")
 
 
-def _forced(name: str, source: str, tensors: tuple[Tensor | None, ...]) -> ModuleType:
+def _forced(name: str, source: str, kinds: tuple[_Kind, ...]) -> str:
     if name not in BACKENDS:
         raise ValueError(f"selective scan backend {name!r} ({source}) is unknown, choose from {', '.join(BACKENDS)}")
-    reason = BACKENDS[name].unavailable() or BACKENDS[name].unsupported(*tensors)
+    reason = BACKENDS[name].unavailable() or BACKENDS[name].unsupported(*kinds)
     if reason is not None:
         raise RuntimeError(f"selective scan backend {name!r} ({source}) cannot run: {reason}")
     return _say(logging.INFO, name, source)
 
 
-def _say(level: int, name: str, reason: str) -> ModuleType:
+def _say(level: int, name: str, reason: str) -> str:
     message = f"selective scan runs on the {name} backend: {reason}"
     if message not in _said:
         _said.add(message)
         logger.log(level, "%s", message)
-    return BACKENDS[name]
+    return name

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import native_library, reference
 from .native_library import ConvArgs, NativeLibrary, NativeUnavailable, Rows, ScanArgs
+
+NAME = "native"
 
 _DTYPES = {torch.float32: native_library.FLOAT32, torch.bfloat16: native_library.BFLOAT16}
 
@@ -38,16 +39,6 @@ def describe() -> str:
     return native_library.load().instruction_set
 
 
-def scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, order, gathered) -> Tensor:
-    """Arguments as in `operator.selective_scan`; gathered: u, delta, B and C are in scan order already."""
-    return _Scan.apply(u, delta, A, B, C, D, z, delta_bias, delta_softplus, None if gathered else order, order)
-
-
-def conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor | None, order: Tensor | None) -> Tensor:
-    """Arguments as in `operator.ordered_conv1d_silu`; weight (d, k)."""
-    return _Conv.apply(x, weight, bias, order)
-
-
 def _dense_rows(t: Tensor | None) -> Tensor | None:
     """t itself if its last dimension is contiguous, which is all the kernel asks for; else a copy."""
     return t if t is None or t.shape[-1] <= 1 or t.stride(-1) == 1 else t.contiguous()
@@ -65,10 +56,16 @@ def _contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
+def states_shape(b: int, l: int, d: int, n: int, library: NativeLibrary | None = None) -> tuple[int, ...]:
+    """Of what `scan_forward` keeps for backward: the states at the start of each chunk, in the kernel's own layout."""
+    return ((library or native_library.load()).checkpoint_floats(b, l, d, n),)
+
+
 def scan_forward(
-    library: NativeLibrary, u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_order, output_order, keep: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The output and, if `keep`, the states that `scan_backward` starts from (opaque, float32).
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_order, output_order, keep: bool,
+    library: NativeLibrary | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The output, and the states that `scan_backward` starts from (empty unless `keep`).
 
     The kernel reads u, delta, B, C at rows input_order and reads z and writes the output at rows output_order.
     """
@@ -78,7 +75,8 @@ def scan_forward(
         _contiguous(t) for t in (A, D, delta_bias, input_order, output_order)
     )
     out = u.new_empty(b, l, d)
-    states = A.new_empty(library.checkpoint_floats(b, l, d, n)) if keep else None
+    library = library or native_library.load()
+    states = A.new_empty(states_shape(b, l, d, n, library) if keep else (0,))
     if out.numel() == 0:
         return out, states
     args = _scan_args(u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_order, output_order, states)
@@ -88,21 +86,9 @@ def scan_forward(
 
 
 def scan_backward(
-    library: NativeLibrary,
-    d_out,
-    u,
-    delta,
-    A,
-    B,
-    C,
-    D,
-    z,
-    delta_bias,
-    delta_softplus,
-    input_order,
-    output_order,
-    states,
-) -> tuple[Tensor | None, ...]:
+    d_out, u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_order, output_order, states,
+    library: NativeLibrary | None = None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients for u, delta, A, B, C, D, z, delta_bias, each in its input's dtype; None for absent inputs."""
     (b, l, d), n = u.shape, A.shape[1]
     u, delta, B, C, z, d_out = (_dense_rows(t) for t in (u, delta, B, C, z, d_out))
@@ -122,7 +108,7 @@ def scan_backward(
         _rows(t) for t in (d_out, d_u, d_delta, d_B, d_C, d_z)
     )
     args.d_A, args.d_D, args.d_delta_bias = (_pointer(t) for t in (d_A, d_D, d_bias))
-    library.call("scan_backward", args)
+    (library or native_library.load()).call("scan_backward", args)
     return grads
 
 
@@ -131,22 +117,22 @@ def _scan_args(u, delta, A, B, C, D, z, bias, delta_softplus, input_order, outpu
     args.input_order, args.output_order = _pointer(input_order), _pointer(output_order)
     args.A, args.D, args.delta_bias = _pointer(A), _pointer(D), _pointer(bias)
     args.u, args.delta, args.B, args.C, args.z = (_rows(t) for t in (u, delta, B, C, z))
-    args.checkpoints = _pointer(states)
+    args.checkpoints = _pointer(states) if states.numel() else None
     return args
 
 
-def conv_forward(library: NativeLibrary, x: Tensor, weight: Tensor, bias, order) -> Tensor:
+def conv_forward(x: Tensor, weight: Tensor, bias, order) -> Tensor:
     """SiLU of the depthwise causal convolution along `order`; x raster, result in scan order."""
     x, weight, bias, order = _dense_rows(x), _contiguous(weight), _contiguous(bias), _contiguous(order)
     out = x.new_empty(x.shape)
     if out.numel():
         args = _conv_args(x, weight, bias, order)
         args.out = _rows(out)
-        library.call("conv_forward", args)
+        native_library.load().call("conv_forward", args)
     return out
 
 
-def conv_backward(library: NativeLibrary, d_out, x, weight, bias, order) -> tuple[Tensor, Tensor, Tensor | None]:
+def conv_backward(d_out, x, weight, bias, order) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients for x, weight and bias."""
     d_out, x = _dense_rows(d_out), _dense_rows(x)
     weight, bias, order = _contiguous(weight), _contiguous(bias), _contiguous(order)
@@ -156,7 +142,7 @@ def conv_backward(library: NativeLibrary, d_out, x, weight, bias, order) -> tupl
         args = _conv_args(x, weight, bias, order)
         args.d_out, args.d_x = _rows(d_out), _rows(d_x)
         args.d_weight, args.d_bias = _pointer(d_weight), _pointer(d_bias)
-        library.call("conv_backward", args)
+        native_library.load().call("conv_backward", args)
     return d_x, d_weight, d_bias
 
 
@@ -165,39 +151,6 @@ def _conv_args(x, weight, bias, order) -> ConvArgs:
     args.order, args.weight, args.bias = _pointer(order), _pointer(weight), _pointer(bias)
     args.x = _rows(x)
     return args
-
-
-class _Scan(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_order, output_order):
-        inputs = (u, delta, A, B, C, D, z, delta_bias)
-        keep = any(ctx.needs_input_grad)
-        library = native_library.load()
-        out, states = scan_forward(library, *inputs, delta_softplus, input_order, output_order, keep)
-        ctx.delta_softplus = delta_softplus
-        if keep:
-            ctx.save_for_backward(*inputs, input_order, output_order, states)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_out):
-        *inputs, input_order, output_order, states = ctx.saved_tensors
-        library = native_library.load()
-        grads = scan_backward(library, d_out, *inputs, ctx.delta_softplus, input_order, output_order, states)
-        return *grads, None, None, None
-
-
-class _Conv(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, order):
-        ctx.save_for_backward(x, weight, bias, order)
-        return conv_forward(native_library.load(), x, weight, bias, order)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_out):
-        return *conv_backward(native_library.load(), d_out, *ctx.saved_tensors), None
 
 
 def self_test(library: NativeLibrary) -> str | None:
@@ -212,10 +165,10 @@ def self_test(library: NativeLibrary) -> str | None:
         u, delta, z, B, C = draw(b, l, d), draw(b, l, d), draw(b, l, d), draw(b, l, n), draw(b, l, n)
         inputs = (u, delta, -draw(d, n).exp(), B, C, draw(d), z, draw(d))
         order, d_out = torch.randperm(l, generator=generator), draw(b, l, d)
-        out, states = scan_forward(library, *inputs, True, order, order, True)
-        grads = scan_backward(library, d_out, *inputs, True, order, order, states)
+        out, states = scan_forward(*inputs, True, order, order, True, library)
+        grads = scan_backward(d_out, *inputs, True, order, order, states, library)
         leaves = [t.clone().requires_grad_() for t in inputs]
-        expected = reference.scan(*leaves, True, order, gathered=False)
+        expected = reference.scan(*leaves, True, order, order)
         wanted = torch.autograd.grad(expected, leaves, d_out)
         for got, want in zip((out, *grads), (expected.detach(), *wanted), strict=True):
             error = (got - want).abs().max() / want.abs().max()

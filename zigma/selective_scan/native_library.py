@@ -11,12 +11,12 @@ import hashlib
 import platform
 import sys
 import threading
-from ctypes import POINTER, Structure, byref, c_char_p, c_int64, c_void_p
+from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_int64, c_void_p
 from pathlib import Path
 
 from torch import Tensor
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 FLOAT32, BFLOAT16 = 0, 1
 OK, BAD_ORDER, NO_MEMORY, UNSUPPORTED = range(4)
 MAX_STATES, MAX_CONV_WIDTH = 256, 16
@@ -58,6 +58,18 @@ class ConvArgs(Structure):
     )
 
 
+class NormArgs(Structure):
+    """zs_norm_args."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("batch", "length", "width", "threads", "layer_norm")),
+        ("eps", c_double),
+        *((name, c_void_p) for name in ("gather", "weight", "bias")),
+        *((name, Rows) for name in ("base", "mix", "gate", "residual", "scale", "shift")),
+        *((name, Rows) for name in ("total", "normed", "modulated")),
+    )
+
+
 class NativeUnavailable(RuntimeError):
     """The native library cannot be used; the message says why and what to do."""
 
@@ -83,6 +95,7 @@ class NativeLibrary:
             "scan_backward": self._bind("zs_scan_backward", scan),
             "conv_forward": self._bind("zs_conv_forward", conv),
             "conv_backward": self._bind("zs_conv_backward", conv),
+            "norm_forward": self._bind("zs_norm_forward", [c_char_p, POINTER(NormArgs)]),
         }
         if not self.instruction_sets():
             raise NativeUnavailable("this CPU has no AVX2 and FMA; use one of the last ten years for its speed")
@@ -100,15 +113,15 @@ class NativeLibrary:
     def checkpoint_floats(self, b: int, l: int, d: int, n: int) -> int:
         return self._checkpoint_floats(self.instruction_set.encode(), b, l, d, n)
 
-    def structure_sizes(self) -> tuple[int, int]:
-        """Bytes of zs_scan_args and zs_conv_args as the library was compiled."""
-        return self._structure_size(0), self._structure_size(1)
+    def structure_sizes(self) -> tuple[int, ...]:
+        """Bytes of zs_scan_args, zs_conv_args and zs_norm_args as the library was compiled."""
+        return tuple(self._structure_size(which) for which in range(3))
 
     def exp2(self, instruction_set: str, x: Tensor, y: Tensor) -> None:
         """y = 2^x by the kernel's own exponential; contiguous float32. For the test of its accuracy."""
         self._exp2(instruction_set.encode(), x.data_ptr(), y.data_ptr(), x.numel())
 
-    def call(self, name: str, args: ScanArgs | ConvArgs) -> None:
+    def call(self, name: str, args: ScanArgs | ConvArgs | NormArgs) -> None:
         status = self._calls[name](self.instruction_set.encode(), byref(args))
         if status == BAD_ORDER:
             raise ValueError(f"selective scan: the token order is not a permutation of 0 to {args.length - 1}")

@@ -10,6 +10,7 @@ import weakref
 import torch
 from torch import Tensor
 
+from . import custom_ops, reference
 from .dispatch import select_backend
 
 
@@ -41,7 +42,7 @@ def selective_scan(
         B, C: (b, l, n).
         z: (b, l, d) gate, or None for no gate.
         order: (l,) LongTensor, order[k] = raster index of the token read at step k; None is raster order.
-        backend: "native", "torch" or "reference"; None picks by device.
+        backend: a name of `available_backends()`; None picks by device.
 
     Returns:
         (b, l, d) in the dtype of u.
@@ -52,9 +53,8 @@ def selective_scan(
     """
     _check_scan(u, delta, A, B, C, D, z, delta_bias)
     _check_order(order, u)
-    module = select_backend(backend, u, delta, B, C, z)
-    A, D, delta_bias = _parameters(u, A, D, delta_bias)
-    return module.scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, order, gathered=False)
+    name = select_backend(backend, u, delta, B, C, z)
+    return _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, order, order, name)
 
 
 def selective_scan_gathered(
@@ -77,9 +77,8 @@ def selective_scan_gathered(
     """
     _check_scan(u, delta, A, B, C, D, z, delta_bias)
     _check_order(order, u)
-    module = select_backend(backend, u, delta, B, C, z)
-    A, D, delta_bias = _parameters(u, A, D, delta_bias)
-    return module.scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, order, gathered=True)
+    name = select_backend(backend, u, delta, B, C, z)
+    return _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, None, order, name)
 
 
 def ordered_conv1d_silu(
@@ -109,9 +108,19 @@ def ordered_conv1d_silu(
     if bias is not None:
         _check("bias", bias, "(d,)", (x.shape[2],))
     _check_order(order, x)
-    module = select_backend(backend, x)
+    name = select_backend(backend, x)
     weight, bias = (_parameter(x, t) for t in (weight, bias))
-    return module.conv1d_silu(x, weight, bias, order)
+    if name == reference.NAME:
+        return reference.conv1d_silu(x, weight, bias, order)
+    return custom_ops.conv1d_silu(x, weight, bias, order, name)
+
+
+def _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_order, output_order, name: str) -> Tensor:
+    A, D, delta_bias = (_parameter(u, t) for t in (A, D, delta_bias))
+    arguments = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_order, output_order)
+    if name == reference.NAME:  # which autograd sees through
+        return reference.scan(*arguments)
+    return custom_ops.selective_scan(*arguments, name)
 
 
 def _check_scan(u, delta, A, B, C, D, z, delta_bias) -> None:
@@ -141,11 +150,7 @@ def _check(name: str, t: Tensor, form: str, shape: tuple[int | None, ...]) -> No
     raise ValueError(f"selective scan: {name} has shape {tuple(t.shape)}, expected {form} = {expected}")
 
 
-_checked_orders: dict[int, tuple[weakref.ref, int]] = {}
-
-
 def _check_order(order: Tensor | None, u: Tensor) -> None:
-    """The full check sorts the order, so a tensor found good is remembered until it changes or goes away."""
     if order is None:
         return
     if order.dtype != torch.long or order.ndim != 1 or len(order) != u.shape[1]:
@@ -155,19 +160,7 @@ def _check_order(order: Tensor | None, u: Tensor) -> None:
         )
     if order.device != u.device:
         raise ValueError(f"selective scan: the token order is on {order.device}, move it to {u.device} beside u")
-    version = -1 if order.is_inference() else order._version
-    known = _checked_orders.get(id(order))
-    if known is not None and known[0]() is order and known[1] == version >= 0:
-        return
-    if not torch.equal(order.sort().values, torch.arange(len(order), device=order.device)):
-        raise ValueError(f"selective scan: the token order is not a permutation of 0 to {len(order) - 1}")
-    key = id(order)
-    _checked_orders[key] = (weakref.ref(order, lambda _: _checked_orders.pop(key, None)), version)
 
 
 def _parameter(u: Tensor, t: Tensor | None) -> Tensor | None:
     return None if t is None else t.to(torch.float64 if u.dtype == torch.float64 else torch.float32)
-
-
-def _parameters(u: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(_parameter(u, t) for t in tensors)

@@ -6,6 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .orders import check_permutations
+
+
+NAME = "reference"
+
 
 def unavailable() -> str | None:
     """Why this backend cannot run on this machine, or None: it always can."""
@@ -17,11 +22,12 @@ def unsupported(*tensors: Tensor | None) -> str | None:
     return None
 
 
-def scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, order, gathered) -> Tensor:
-    """Arguments as in `operator.selective_scan`; gathered: u, delta, B and C are in scan order already."""
+def scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_order, output_order) -> Tensor:
+    """Arguments as in `custom_ops.selective_scan`; differentiable by autograd."""
+    check_permutations(input_order, output_order)
     dtype = A.dtype
-    if order is not None and not gathered:
-        u, delta, B, C = (t[:, order] for t in (u, delta, B, C))
+    if input_order is not None:
+        u, delta, B, C = (t[:, input_order] for t in (u, delta, B, C))
     x, dt, B, C = (t.to(dtype) for t in (u, delta, B, C))
     if delta_bias is not None:
         dt = dt + delta_bias
@@ -34,8 +40,8 @@ def scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, order, gathered) -
     y = torch.stack(ys, dim=1) if ys else torch.zeros_like(x)
     if D is not None:
         y = y + D * x
-    if order is not None:
-        y = y[:, order.argsort()]
+    if output_order is not None:
+        y = y[:, output_order.argsort()]
     if z is not None:
         y = y * F.silu(z.to(dtype))
     return y.to(u.dtype)
@@ -43,6 +49,7 @@ def scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, order, gathered) -
 
 def conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor | None, order: Tensor | None) -> Tensor:
     """Arguments as in `operator.ordered_conv1d_silu`; weight (d, k)."""
+    check_permutations(order)
     walk = (x if order is None else x[:, order]).to(weight.dtype).transpose(1, 2)
     walk = F.pad(walk, (weight.shape[1] - 1, 0))
     return F.silu(F.conv1d(walk, weight[:, None], bias, groups=len(weight))).transpose(1, 2).to(x.dtype)

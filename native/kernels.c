@@ -25,5 +25,6 @@ const zs_kernels VARIANT = {
     .conv_forward = conv_forward,
     .conv_backward = conv_backward,
     .norm_rows = norm_rows,
+    .norm_rows_backward = norm_rows_backward,
     .exp2 = exp2_array,
 };

@@ -7,7 +7,7 @@
 #include "scan.h"
 
 /* CHUNK steps between checkpoints; BLOCK states of a channel are in registers at a time. */
-enum { UNIT_CHANNELS = 128, CHUNK = 16, BLOCK = 8, NORM_ROWS = 16 };
+enum { UNIT_CHANNELS = 128, CHUNK = 16, BLOCK = 8, NORM_ROWS = 32 };
 
 typedef struct {
     const zs_scan_args *args;
@@ -36,8 +36,12 @@ typedef struct {
     void (*conv_forward)(const conv_job *, int64_t batch, int64_t unit, float *workspace);
     void (*conv_backward)(const conv_job *, int64_t batch, int64_t unit, float *workspace);
     void (*norm_rows)(const zs_norm_args *, int64_t batch, int64_t block, float *workspace);
+    void (*norm_rows_backward)(const zs_norm_args *, int64_t batch, int64_t block, float *workspace, float *sums);
     void (*exp2)(const float *x, float *y, int64_t count);  /* for the accuracy test */
 } zs_kernels;
+
+/* Sums that one block of rows adds to, each a padded row: d_gate, d_scale, d_shift, d_weight, d_bias. */
+enum { NORM_SUMS = 5 };
 
 extern const zs_kernels zs_kernels_avx512, zs_kernels_avx2;
 

@@ -303,7 +303,8 @@ EXPORT int64_t zs_conv_backward(const char *instruction_set, const zs_conv_args 
 typedef struct {
     const zs_kernels *kernels;
     const zs_norm_args *args;
-    int64_t blocks;
+    int64_t blocks, padded;
+    float *partial; /* [b][blocks][NORM_SUMS][padded] */
 } norm_run;
 
 static void norm_task(void *context, int64_t task, float *workspace) {
@@ -311,13 +312,54 @@ static void norm_task(void *context, int64_t task, float *workspace) {
     run->kernels->norm_rows(run->args, task / run->blocks, task % run->blocks, workspace);
 }
 
+static void norm_backward_task(void *context, int64_t task, float *workspace) {
+    norm_run *run = context;
+    run->kernels->norm_rows_backward(run->args, task / run->blocks, task % run->blocks, workspace,
+                                     run->partial + task * NORM_SUMS * run->padded);
+}
+
+static int open_norm(norm_run *run, const zs_norm_args *a, const char *instruction_set) {
+    *run = (norm_run){.kernels = find_kernels(instruction_set), .args = a};
+    if (!run->kernels) return ZS_UNSUPPORTED;
+    run->blocks = (a->length + NORM_ROWS - 1) / NORM_ROWS;
+    run->padded = round_up(a->width, run->kernels->lanes);
+    return check_order(a->gather, a->length);
+}
+
 EXPORT int64_t zs_norm_forward(const char *instruction_set, const zs_norm_args *a) {
-    norm_run run = {.kernels = find_kernels(instruction_set), .args = a};
-    if (!run.kernels) return ZS_UNSUPPORTED;
-    for (int64_t k = 0; a->gather && k < a->length; k++)
-        if (a->gather[k] < 0 || a->gather[k] >= a->length) return ZS_BAD_ORDER;
-    run.blocks = (a->length + NORM_ROWS - 1) / NORM_ROWS;
-    /* A row costs a fraction of what its scan does. */
-    return zs_parallel(zs_useful_threads(a->threads, a->batch * a->length * a->width), a->batch * run.blocks,
-                       round_up(a->width, run.kernels->lanes), norm_task, &run);
+    norm_run run;
+    int status = open_norm(&run, a, instruction_set);
+    if (status != ZS_OK) return status;
+    return zs_parallel(zs_useful_threads(a->threads, a->batch * a->length * a->width * 2), a->batch * run.blocks,
+                       run.padded, norm_task, &run);
+}
+
+/* Adds rows first ... first + count of the partial sums number `which` to a row of the result. */
+static void sum_blocks(const norm_run *run, int64_t which, int64_t first, int64_t count, float *to) {
+    if (!to) return;
+    memset(to, 0, (size_t)run->args->width * sizeof(float));
+    for (int64_t block = first; block < first + count; block++) {
+        const float *from = run->partial + (block * NORM_SUMS + which) * run->padded;
+        for (int64_t c = 0; c < run->args->width; c++) to[c] += from[c];
+    }
+}
+
+EXPORT int64_t zs_norm_backward(const char *instruction_set, const zs_norm_args *a) {
+    norm_run run;
+    int status = open_norm(&run, a, instruction_set);
+    if (status != ZS_OK) return status;
+    run.partial = zeros(a->batch * run.blocks * NORM_SUMS * run.padded);
+    if (!run.partial) return ZS_NO_MEMORY;
+    status = zs_parallel(zs_useful_threads(a->threads, a->batch * a->length * a->width * 4), a->batch * run.blocks,
+                         2 * run.padded, norm_backward_task, &run);
+    if (status == ZS_OK) {
+        float *each[] = {a->d_gate, a->d_scale, a->d_shift};
+        for (int64_t which = 0; which < 3; which++)
+            for (int64_t b = 0; each[which] && b < a->batch; b++)
+                sum_blocks(&run, which, b * run.blocks, run.blocks, each[which] + b * a->width);
+        sum_blocks(&run, 3, 0, a->batch * run.blocks, a->d_weight);
+        sum_blocks(&run, 4, 0, a->batch * run.blocks, a->d_bias);
+    }
+    zs_release(run.partial);
+    return status;
 }

@@ -71,4 +71,71 @@ static void norm_rows(const zs_norm_args *a, int64_t batch, int64_t block, float
     for (int64_t row = block * NORM_ROWS; row < last; row++) norm_row(a, batch, row, workspace);
 }
 
+INLINE void accumulate(float *to, vec x) { vstore(to, vload(to) + x); }
+
+INLINE vec row_or_zero(const zs_rows *t, int64_t offset, int64_t count) {
+    return t->data ? vload_row(t->data, t->dtype, offset, count) : vset(0.0f);
+}
+
+/* With xhat = (x - mean) s, s = 1 / sqrt(mean square + eps), u = xhat w + b, m = u (1 + scale) + shift:
+ *   du = d_normed + d_modulated (1 + scale),    g = du w
+ *   dx = d_total + s (g - xhat mean(g xhat) - [LayerNorm] mean(g))
+ * x is computed again; g takes the place of xhat's neighbour in the workspace. */
+INLINE void norm_row_backward(const zs_norm_args *a, int64_t batch, int64_t row, int64_t padded, float *x, float *sums) {
+    const int64_t from = a->gather ? a->gather[row] : row;
+    const float sum = add_row(a, batch, from, row, x);
+    const float mean = a->layer_norm ? sum / (float)a->width : 0.0f;
+    const float s = 1.0f / __builtin_sqrtf(sum_squares(a, x, mean) / (float)a->width + (float)a->eps);
+    float *g = x + padded, *d_gate = sums, *d_scale = d_gate + padded, *d_shift = d_scale + padded;
+    float *d_weight = d_shift + padded, *d_bias = d_weight + padded;
+    const int64_t by = row_offset(&a->scale, batch, 0);
+    vec sum_g = vset(0.0f), sum_gx = vset(0.0f);
+    for (int64_t c = 0; c < a->width; c += LANES) { /* beyond the width g and the gradients are zero */
+        const int64_t count = a->width - c;
+        vec xhat = (vload(x + c) - vset(mean)) * vset(s), u = xhat;
+        vec w = a->weight ? vload_row(a->weight, ZS_F32, c, count) : vset(1.0f);
+        vec du = row_or_zero(&a->d_normed, row_offset(&a->d_normed, batch, row) + c, count);
+        if (a->d_modulated.data) {
+            vec dm = row_or_zero(&a->d_modulated, row_offset(&a->d_modulated, batch, row) + c, count);
+            u = u * w;
+            if (a->bias) u = u + vload_row(a->bias, ZS_F32, c, count);
+            accumulate(d_scale + c, dm * u);
+            accumulate(d_shift + c, dm);
+            du = vfma(dm, row_or_zero(&a->scale, by + c, count), du + dm);
+        }
+        accumulate(d_weight + c, du * xhat);
+        accumulate(d_bias + c, du);
+        vec gradient = du * w;
+        sum_g = sum_g + gradient;
+        sum_gx = vfma(gradient, xhat, sum_gx);
+        vstore(x + c, xhat);
+        vstore(g + c, gradient);
+    }
+    const float mean_g = a->layer_norm ? sum_lanes(sum_g) / (float)a->width : 0.0f;
+    const float mean_gx = sum_lanes(sum_gx) / (float)a->width;
+    const int64_t gate = row_offset(&a->gate, batch, 0), mix = row_offset(&a->mix, batch, from);
+    for (int64_t c = 0; c < a->width; c += LANES) {
+        const int64_t count = a->width - c;
+        vec dx = (vload(g + c) - vfma(vload(x + c), vset(mean_gx), vset(mean_g))) * vset(s);
+        dx = dx + row_or_zero(&a->d_total, row_offset(&a->d_total, batch, row) + c, count);
+        vstore_row(a->d_x.data, a->d_x.dtype, row_offset(&a->d_x, batch, from) + c, count, dx);
+        if (a->d_residual.data)
+            vstore_row(a->d_residual.data, a->d_residual.dtype, row_offset(&a->d_residual, batch, from) + c, count, dx);
+        if (!a->d_mix.data) continue;
+        vec d_mix = dx;
+        if (a->gate.data) {
+            d_mix = dx * vload_row(a->gate.data, a->gate.dtype, gate + c, count);
+            accumulate(d_gate + c, dx * vload_row(a->mix.data, a->mix.dtype, mix + c, count));
+        }
+        vstore_row(a->d_mix.data, a->d_mix.dtype, row_offset(&a->d_mix, batch, from) + c, count, d_mix);
+    }
+}
+
+/* The same rows backward; workspace holds two rows, `sums` (zeroed) this block's NORM_SUMS rows. */
+static void norm_rows_backward(const zs_norm_args *a, int64_t batch, int64_t block, float *workspace, float *sums) {
+    const int64_t last = min64(a->length, (block + 1) * NORM_ROWS), padded = (a->width + LANES - 1) / LANES * LANES;
+    for (int64_t row = block * NORM_ROWS; row < last; row++)
+        norm_row_backward(a, batch, row, padded, workspace, sums);
+}
+
 #endif

@@ -55,6 +55,10 @@ typedef struct {
     const float *weight, *bias;
     zs_rows base, mix, gate, residual, scale, shift;
     zs_rows total, normed, modulated;
+    /* backward only: the gradients of the outputs (NULL: zero), and where those of the inputs go (NULL: nowhere).
+     * d_x is that of base and residual, d_mix of mix; the others are (b, d) and (d) sums. */
+    zs_rows d_total, d_normed, d_modulated, d_x, d_residual, d_mix;
+    float *d_gate, *d_scale, *d_shift, *d_weight, *d_bias;
 } zs_norm_args;
 
 #endif

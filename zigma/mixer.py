@@ -58,11 +58,11 @@ class SSM(nn.Module):
             self.register_parameter(f"D{suffix}", nn.Parameter(torch.empty(e, **options)))
         self._read_weights = getattr(operations, "read_weights", read_weights)
 
-    def scan(self, x: Tensor, z: Tensor, order: Tensor) -> Tensor:
-        """x, z (b, l, e) in raster order -> y * silu(z) (b, l, e) in raster order."""
+    def scan(self, x: Tensor, z: Tensor, order: Tensor | None = None) -> Tensor:
+        """x, z (b, l, e) in raster order -> y * silu(z) (b, l, e) in raster order; None reads them as they lie."""
         y = self._scan(x, z, order, self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
         if self.bidirectional:
-            backwards = order.flip(0)
+            backwards = torch.arange(x.shape[1] - 1, -1, -1, device=x.device) if order is None else order.flip(0)
             y = y + self._scan(
                 x, z, backwards, self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b
             )  # fmt: skip
@@ -119,8 +119,11 @@ class Mamba(SSM):
         self.in_proj = operations.Linear(d, 2 * e, bias=config.bias, **options)
         self.out_proj = operations.Linear(e, d, bias=config.bias, **options)
 
-    def forward(self, tokens: Tensor, order: Tensor, ssm: SSM | None = None) -> Tensor:
-        """tokens (b, l, d) in raster order, order (l,): order[k] is the token read at step k; ssm: the shared one."""
+    def forward(self, tokens: Tensor, order: Tensor | None = None, ssm: SSM | None = None) -> Tensor:
+        """tokens (b, l, d) in raster order, order (l,): order[k] is the token read at step k; ssm: the shared one.
+
+        Without an order the tokens are read as they lie: the model brings them in scan order (layer_scans.py).
+        """
         x, z = self.in_proj(tokens).chunk(2, dim=-1)
         return self.out_proj((ssm or self).scan(x, z, order))
 
@@ -148,7 +151,7 @@ class Attention(nn.Module):
         self.qkv = operations.Linear(d, 3 * d, **options)
         self.proj = operations.Linear(d, d, **options)
 
-    def forward(self, tokens: Tensor, order: Tensor, ssm: SSM | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, order: Tensor | None = None, ssm: SSM | None = None) -> Tensor:
         """tokens (b, l, d); the order and the SSM of other mixers are not looked at."""
         q, k, v = rearrange(self.qkv(tokens), "b l (three h c) -> three b h l c", three=3, h=self.heads)
         return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h l c -> b l (h c)"))

@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +23,10 @@ from torch.utils.checkpoint import checkpoint
 
 from .config import ZigMaConfig
 from .embedders import FinalLayer, LabelEmbedder, PatchEmbed, TimestepEmbedder, sine_positions
+from .layer_scans import LayerScan, relative_scans
 from .mixer import SSM, Attention, CrossAttention, Mamba, read_weights
 from .scan_orders import LayerSchedule, is_order
+from .selective_scan import Stream, add_norm, gather_rows
 
 __all__ = ["ZigMa"]
 
@@ -113,7 +114,7 @@ class ZigMa(nn.Module):
         config, p = self.config, self.config.patch_size
         self._check_inputs(x, t, y)
         f, h, w = x.shape[1] if config.video_frames else 0, x.shape[-2] // p, x.shape[-1] // p
-        scans = self._scans((h, w), f, x.device, token_orders)
+        scans, to_raster = self._scans((h, w), f, x.device, token_orders)
 
         tokens = self._add_positions(self.x_embedder(x), (h, w), f)  # (b, l, d)
         c = self.t_embedder(t, tokens)  # (b, d)
@@ -125,15 +126,17 @@ class ZigMa(nn.Module):
             c = c + self.y_embedder(y, tokens)
         c = F.silu(c)
 
-        residual = None
-        ssm = self.ssm if config.share_ssm else None
+        stream, ssm = Stream(tokens), self.ssm if config.share_ssm else None
         for block, scan in zip(self.blocks, scans, strict=True):
             if config.use_checkpoint and torch.is_grad_enabled():
-                tokens, residual = checkpoint(block, tokens, residual, c, context, scan, ssm, use_reentrant=False)
+                stream = checkpoint(block, stream, c, context, scan, ssm, use_reentrant=False)
             else:
-                tokens, residual = block(tokens, residual, c, context, scan, ssm)
-        residual = residual + drop_path(tokens, config.drop_path_rate, self.training)
-        tokens = normalise(residual, *self._read_weights(self.norm_f, residual), config.norm_epsilon).to(tokens.dtype)
+                stream = block(stream, c, context, scan, ssm)
+        stream = drop_path(stream, config.drop_path_rate, self.training)
+        weight, bias = self._read_weights(self.norm_f, like_norms(tokens))
+        _, tokens, _ = add_norm(
+            stream, weight, bias, eps=config.norm_epsilon, layer_norm=not config.rms_norm, gather=to_raster
+        )  # fmt: skip
         v = self.final_layer(tokens)
         v = rearrange(v, "b (f h w) (i j c) -> b f c (h i) (w j)", f=max(f, 1), h=h, w=w, i=p, j=p).to(x.dtype)
         return v if f else v.squeeze(1)
@@ -182,27 +185,23 @@ class ZigMa(nn.Module):
 
     def _scans(
         self, grid: tuple[int, int], frames: int, device: torch.device, given: Sequence[Tensor] | None
-    ) -> list[LayerScan]:
-        """How the layers of this call read. Kept, so that the kernels check and move each order once."""
+    ) -> tuple[list[LayerScan], Tensor | None]:
+        """How the layers of this call come to their tokens, and the last one's back. Kept for orders of its own."""
         if given is not None:
-            return self._as_scans(self._checked_orders(given, grid, frames), frames, device)
+            return self._as_scans(self._checked_orders(given, grid, frames), grid, frames, device)
         key = (grid, frames, device)
         if key not in self._schedules:
-            self._schedules[key] = self._as_scans(self.layer_orders(*grid, frames), frames, device)
+            self._schedules[key] = self._as_scans(self.layer_orders(*grid, frames), grid, frames, device)
         return self._schedules[key]
 
-    def _as_scans(self, orders: list[Tensor], frames: int, device: torch.device) -> list[LayerScan]:
+    def _as_scans(self, orders, grid, frames, device) -> tuple[list[LayerScan], Tensor | None]:
         config = self.config
-        moved = {id(order): order.to(device) for order in orders}  # layers that share an order go on sharing it
-        scans = []
-        for axis, order in zip(self.schedule.axes, (moved[id(order)] for order in orders), strict=True):
-            after = None
-            if config.legacy_permutation:
-                after = order[order]
-            elif axis == "t" and not config.corrected_time_order and config.mixer == "mamba":
-                after = torch.arange(frames - 1, -1, -1, device=device)
-            scans.append(LayerScan(axis, order, frames, after))
-        return scans
+        if config.mixer == "attention":  # which an order means nothing to: no row needs to move for one
+            orders = [torch.arange(len(order)) for order in orders]
+        return relative_scans(
+            orders, self.schedule.axes, grid, frames, device, legacy_permutation=config.legacy_permutation,
+            reversed_time=config.mixer == "mamba" and not config.corrected_time_order,
+        )  # fmt: skip
 
     def _checked_orders(self, orders: Sequence[Tensor], grid: tuple[int, int], frames: int) -> list[Tensor]:
         if len(orders) != self.config.depth:
@@ -273,20 +272,15 @@ class ZigMa(nn.Module):
             block.mixer.reset_parameters(self.config)
 
 
-class LayerScan(NamedTuple):
-    """How one layer reads: along which axis, in which order, and where its output goes."""
-
-    axis: str  # "s" the tokens of each frame, "t" the frames of each place, "a" all tokens
-    order: Tensor  # (length of the axis,)
-    frames: int  # of the input, 0 for images
-    after: Tensor | None  # a further gather of the output, which some published weights were trained with
-
-
 class Block(nn.Module):
     """One layer: normalise, modulate by the condition, mix in this layer's order; then cross-attend to the text.
 
-    The stream `tokens` and the residual travel side by side: the residual (float32) sums what the norms see. The inner
-    skip adds the *normalised* tokens, as published; there is no MLP.
+    With the stream h and the residual r (as published; there is no MLP):
+
+        r <- r + h,    u = norm(r),    h = u + gate * mixer(u (1 + scale) + shift)
+
+    The inner skip adds the *normalised* tokens, and the residual r (float32) sums what the norms see. The sums are left
+    to the norm that reads them next.
     """
 
     def __init__(self, config: ZigMaConfig, index: int, *, operations=nn, device=None, dtype=None) -> None:
@@ -303,50 +297,48 @@ class Block(nn.Module):
         self.msa = None
         if config.conditioning == "text":
             self.msa = CrossAttention(d, operations=operations, **options)
-        self._eps = config.norm_epsilon
+        self._eps, self._layer_norm = config.norm_epsilon, not config.rms_norm
         self._read_weights = getattr(operations, "read_weights", read_weights)
 
     def forward(
-        self, tokens: Tensor, residual: Tensor | None, c: Tensor, context: Tensor | None, scan: LayerScan,
-        ssm: SSM | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """tokens (b, l, d), residual (b, l, d) float32 or None, c = silu(condition) (b, d), context (b, m, d)."""
-        tokens_in = drop_path(tokens, self.drop, self.training)
-        residual = tokens_in.float() if residual is None else residual + tokens_in
-        u = normalise(residual, *self._read_weights(self.norm, residual), self._eps).to(tokens.dtype)
+        self, stream: Stream, c: Tensor, context: Tensor | None, scan: LayerScan, ssm: SSM | None = None
+    ) -> Stream:
+        """stream of (b, l, d), c = silu(condition) (b, d), context (b, m, d); the result lies in this layer's order."""
         shift, scale, gate, *text = self.adaLN_modulation(c).unsqueeze(1).chunk(3 if self.msa is None else 6, dim=-1)
-        tokens = u + gate * self._mix(torch.addcmul(u + shift, u, scale), scan, ssm)
-        if self.msa is not None:
-            shift, scale, gate = text
-            u = F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6).to(tokens.dtype)
-            tokens = tokens + gate * self.msa(torch.addcmul(u + shift, u, scale), context)
-        return tokens, residual
+        weight, bias = self._read_weights(self.norm, like_norms(stream.base))
+        residual, u, tokens = add_norm(
+            drop_path(stream, self.drop, self.training), weight, bias, eps=self._eps, layer_norm=self._layer_norm,
+            modulation=(shift, scale), gather=scan.gather, total=torch.float32,
+        )  # fmt: skip
+        mixed = self._mix(tokens, scan, ssm)
+        if self.msa is None:
+            return Stream(u, mixed, gate, residual)
+        shift, scale, gate_text = text
+        h, _, tokens = add_norm(
+            Stream(u, mixed, gate), eps=1e-6, layer_norm=True, modulation=(shift, scale), total=u.dtype, keep_norm=False
+        )  # fmt: skip
+        return Stream(h, self.msa(tokens, context), gate_text, residual)
 
     def _mix(self, tokens: Tensor, scan: LayerScan, ssm: SSM | None) -> Tensor:
-        """The mixer along the layer's axis, the other one joining the batch; (b, l, d) -> (b, l, d)."""
-        apart = {"s": "b (f l) d -> (b f) l d", "t": "b (f l) d -> (b l) f d"}.get(scan.axis)
-        if apart is None:
-            mixed = self.mixer(tokens, scan.order, ssm)
-        else:
-            mixed = self.mixer(rearrange(tokens, apart, f=scan.frames), scan.order, ssm)
-        if scan.after is not None:
-            mixed = mixed[:, scan.after]
-        if apart is None:
-            return mixed
-        together = " -> ".join(reversed(apart.split(" -> ")))
-        return rearrange(mixed, together, b=len(tokens), f=scan.frames)
+        """The mixer along each segment of the rows, as they lie; (b, l, d) -> (b, l, d)."""
+        mixed = self.mixer(rearrange(tokens, "b (s l) d -> (b s) l d", s=scan.segments), None, ssm)
+        mixed = rearrange(mixed, "(b s) l d -> b (s l) d", s=scan.segments)
+        return mixed if scan.store is None else gather_rows(mixed, scan.store)
 
 
-def normalise(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """RMSNorm, or LayerNorm where there is a bias, in float32 as the residual is; (..., d) -> (..., d)."""
-    if bias is None:
-        return F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps)
-    return F.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps)
+def like_norms(tokens: Tensor) -> Tensor:
+    """An empty tensor of the device and dtype (float32) in which norms want their weights."""
+    return tokens.new_empty(0, dtype=torch.float32)
 
 
-def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
-    """Stochastic depth (Huang et al. 2016): zero whole samples of x (b, ...) with this probability, scale the rest."""
+def drop_path(stream: Stream, rate: float, training: bool) -> Stream:
+    """Stochastic depth (Huang et al. 2016): of whole samples, drop what is added to the residual; scale the rest."""
     if not training or rate == 0:
-        return x
-    keep = torch.rand((len(x),) + (1,) * (x.dim() - 1), device=x.device) >= rate
-    return x * keep / (1 - rate)
+        return stream
+    base, mix, gate, residual = stream
+    shape = (len(base), 1, 1)
+    keep = ((torch.rand(shape, device=base.device) >= rate) / (1 - rate)).to(base.dtype)
+    if mix is not None:
+        mix = mix * keep if gate is None else mix
+        gate = None if gate is None else gate * keep
+    return Stream(base * keep, mix, gate, residual)

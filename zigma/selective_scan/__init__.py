@@ -5,5 +5,14 @@ One operator, several backends behind one signature; `dispatch` picks one by dev
 
 from .dispatch import available_backends
 from .operator import ordered_conv1d_silu, selective_scan, selective_scan_gathered
+from .stream import Stream, add_norm, gather_rows
 
-__all__ = ["available_backends", "ordered_conv1d_silu", "selective_scan", "selective_scan_gathered"]
+__all__ = [
+    "Stream",
+    "add_norm",
+    "available_backends",
+    "gather_rows",
+    "ordered_conv1d_silu",
+    "selective_scan",
+    "selective_scan_gathered",
+]

@@ -54,7 +54,6 @@ def select_backend(name: str | None, *tensors: Tensor | None) -> str:
     return _select(name, *((t.device, t.dtype) for t in tensors if t is not None))
 
 
-@torch.compiler.assume_constant_result
 def _select(name: str | None, *kinds: tuple[torch.device, torch.dtype]) -> str:
     kinds = tuple(_Kind(*kind) for kind in kinds)
     source = "asked for by the caller" if name else f"set by {ENVIRONMENT_VARIABLE}"
@@ -72,7 +71,11 @@ def _select(name: str | None, *kinds: tuple[torch.device, torch.dtype]) -> str:
         else:
             passed_over.append(f"the tensors are on {device} ({module.describe()})")
             return _say(logging.INFO, candidate, "; ".join(passed_over))
-    return _say(level, "torch", "; ".join(passed_over) or f"the tensors are on {device}, which has no kernel of its own")
+    return _say(level, "torch", "; ".join(passed_over) or f"the tensors are on {device}, which has no kernel here")
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler: a traced graph keeps the choice.
+_select._dynamo_marked_constant = True
 
 
 def _forced(name: str, source: str, kinds: tuple[_Kind, ...]) -> str:

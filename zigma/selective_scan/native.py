@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import native_library, reference
-from .native_library import ConvArgs, NativeLibrary, NativeUnavailable, Rows, ScanArgs
+from .native_library import ConvArgs, NativeLibrary, NativeUnavailable, NormArgs, Rows, ScanArgs
 
 NAME = "native"
 
@@ -151,6 +151,51 @@ def _conv_args(x, weight, bias, order) -> ConvArgs:
     args.order, args.weight, args.bias = _pointer(order), _pointer(weight), _pointer(bias)
     args.x = _rows(x)
     return args
+
+
+def norm_forward(
+    base, mix, gate, residual, weight, bias, shift, scale, gather, eps, layer_norm, total, keep_norm
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Arguments and results as in `stream.add_norm`."""
+    args, _held = _norm_args(base, mix, gate, residual, weight, bias, shift, scale, gather, eps, layer_norm)
+    x = None if total is None else base.new_empty(base.shape, dtype=total)
+    normed = base.new_empty(base.shape) if keep_norm else None
+    modulated = None if scale is None else base.new_empty(base.shape)
+    if base.numel():
+        args.total, args.normed, args.modulated = _rows(x), _rows(normed), _rows(modulated)
+        native_library.load().call("norm_forward", args)
+    return x, normed, modulated
+
+
+def norm_backward(
+    d_total, d_normed, d_modulated, base, mix, gate, residual, weight, bias, shift, scale, gather, eps, layer_norm
+) -> tuple[Tensor | None, ...]:
+    """Gradients for base, mix, gate, residual, weight, bias, shift and scale, each in its input's dtype."""
+    inputs = (base, mix, gate, residual, weight, bias, shift, scale)
+    args, _held = _norm_args(*inputs, gather, eps, layer_norm)
+    d_x, d_mix, d_residual = (None if t is None else t.new_empty(t.shape) for t in (base, mix, residual))
+    sums = [None if t is None else torch.zeros(t.shape, device=t.device) for t in (gate, weight, bias, shift, scale)]
+    d_gate, d_weight, d_bias, d_shift, d_scale = sums
+    if base.numel():
+        outputs = [_dense_rows(t) for t in (d_total, d_normed, d_modulated)]
+        args.d_total, args.d_normed, args.d_modulated = (_rows(t) for t in outputs)
+        args.d_x, args.d_mix, args.d_residual = _rows(d_x), _rows(d_mix), _rows(d_residual)
+        args.d_gate, args.d_scale, args.d_shift = _pointer(d_gate), _pointer(d_scale), _pointer(d_shift)
+        args.d_weight, args.d_bias = _pointer(d_weight), _pointer(d_bias)
+        native_library.load().call("norm_backward", args)
+    grads = (d_x, d_mix, d_gate, d_residual, d_weight, d_bias, d_shift, d_scale)
+    return tuple(None if g is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=True))
+
+
+def _norm_args(base, mix, gate, residual, weight, bias, shift, scale, gather, eps, layer_norm):
+    """The inputs as the kernel takes them, and the tensors that have to live as long."""
+    rows = [_dense_rows(t) for t in (base, mix, gate, residual, shift, scale)]
+    weight, bias = (None if t is None else t.float().contiguous() for t in (weight, bias))
+    gather = _contiguous(gather)
+    args = NormArgs(*base.shape, torch.get_num_threads(), int(layer_norm), eps)
+    args.gather, args.weight, args.bias = _pointer(gather), _pointer(weight), _pointer(bias)
+    args.base, args.mix, args.gate, args.residual, args.shift, args.scale = (_rows(t) for t in rows)
+    return args, (rows, weight, bias, gather)
 
 
 def self_test(library: NativeLibrary) -> str | None:

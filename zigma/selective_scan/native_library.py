@@ -17,6 +17,7 @@ from pathlib import Path
 from torch import Tensor
 
 ABI_VERSION = 2
+INSTRUCTION_SETS = ("avx512", "avx2")  # widest first
 FLOAT32, BFLOAT16 = 0, 1
 OK, BAD_ORDER, NO_MEMORY, UNSUPPORTED = range(4)
 MAX_STATES, MAX_CONV_WIDTH = 256, 16
@@ -67,6 +68,8 @@ class NormArgs(Structure):
         *((name, c_void_p) for name in ("gather", "weight", "bias")),
         *((name, Rows) for name in ("base", "mix", "gate", "residual", "scale", "shift")),
         *((name, Rows) for name in ("total", "normed", "modulated")),
+        *((name, Rows) for name in ("d_total", "d_normed", "d_modulated", "d_x", "d_residual", "d_mix")),
+        *((name, c_void_p) for name in ("d_gate", "d_scale", "d_shift", "d_weight", "d_bias")),
     )
 
 
@@ -90,12 +93,14 @@ class NativeLibrary:
         self._exp2 = self._bind("zs_exp2", [c_char_p, c_void_p, c_void_p, c_int64])
         self._structure_size = self._bind("zs_structure_size", [c_int64])
         scan, conv = [c_char_p, POINTER(ScanArgs)], [c_char_p, POINTER(ConvArgs)]
+        norm = [c_char_p, POINTER(NormArgs)]
         self._calls = {
             "scan_forward": self._bind("zs_scan_forward", scan),
             "scan_backward": self._bind("zs_scan_backward", scan),
             "conv_forward": self._bind("zs_conv_forward", conv),
             "conv_backward": self._bind("zs_conv_backward", conv),
-            "norm_forward": self._bind("zs_norm_forward", [c_char_p, POINTER(NormArgs)]),
+            "norm_forward": self._bind("zs_norm_forward", norm),
+            "norm_backward": self._bind("zs_norm_backward", norm),
         }
         if not self.instruction_sets():
             raise NativeUnavailable("this CPU has no AVX2 and FMA; use one of the last ten years for its speed")
@@ -108,7 +113,7 @@ class NativeLibrary:
 
     def instruction_sets(self) -> tuple[str, ...]:
         """The variants this CPU runs, widest first."""
-        return tuple(name for name in ("avx512", "avx2") if self._instruction_set(name.encode()) is not None)
+        return tuple(name for name in INSTRUCTION_SETS if self._instruction_set(name.encode()) is not None)
 
     def checkpoint_floats(self, b: int, l: int, d: int, n: int) -> int:
         return self._checkpoint_floats(self.instruction_set.encode(), b, l, d, n)

@@ -5,8 +5,6 @@ Glossary: b batch, l length (tokens), d channels, n states per channel, k convol
 
 from __future__ import annotations
 
-import weakref
-
 import torch
 from torch import Tensor
 

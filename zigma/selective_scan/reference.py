@@ -8,7 +8,6 @@ from torch import Tensor
 
 from .orders import check_permutations
 
-
 NAME = "reference"
 
 

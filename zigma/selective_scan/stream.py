@@ -1,0 +1,132 @@
+"""What lies between two mixers, in one pass over memory: add, normalise, modulate, and gather rows on the way.
+
+Glossary: b batch, l tokens, d width of a token.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .dispatch import BACKENDS, select_backend
+from .orders import check_permutations
+
+__all__ = ["Stream", "add_norm", "gather_rows"]
+
+
+class Stream(NamedTuple):
+    """The value base + gate * mix + residual, whose sum is left to the norm that reads it.
+
+    Attributes:
+        base: (b, l, d).
+        mix: (b, l, d) or None.
+        gate: (b, 1, d) of the mix, or None for 1.
+        residual: (b, l, d) float32 or None.
+    """
+
+    base: Tensor
+    mix: Tensor | None = None
+    gate: Tensor | None = None
+    residual: Tensor | None = None
+
+
+def add_norm(
+    stream: Stream,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float,
+    layer_norm: bool = False,
+    modulation: tuple[Tensor, Tensor] | None = None,
+    gather: Tensor | None = None,
+    total: torch.dtype | None = None,
+    keep_norm: bool = True,
+) -> tuple[Tensor | None, ...]:
+    """x = the stream's sum at rows `gather`; (x, u, m) with u = norm(x) weight + bias and m = u (1 + scale) + shift.
+
+    Sums and norms are float32 (RMSNorm: Zhang and Sennrich, arXiv 1910.07467, equation 4; LayerNorm: arXiv 1607.06450;
+    modulation: adaLN of DiT, arXiv 2212.09748, section 3.2).
+
+    Args:
+        stream: the summands.
+        weight, bias: (d,) or None.
+        eps: added to the mean square or variance.
+        layer_norm: LayerNorm in place of RMSNorm.
+        modulation: (shift, scale), each (b, 1, d); without it m is None.
+        gather: (l,) row of the stream for each row of the results; None takes them as they are.
+        total: dtype in which x is wanted; None leaves it out.
+        keep_norm: whether u is wanted beside m.
+
+    Returns:
+        (x or None, u or None, m or None), all (b, l, d); u and m in the dtype of base.
+    """
+    module = BACKENDS[select_backend(None, *(t for t in stream if t is not None))]
+    shift, scale = modulation or (None, None)
+    arguments = (*stream, weight, bias, shift, scale, gather, eps, layer_norm, total, keep_norm)
+    if hasattr(module, "norm_forward") and not torch.compiler.is_compiling():
+        check_permutations(gather)
+        return _AddNorm.apply(module, *arguments)
+    return _composed(*arguments)
+
+
+class _AddNorm(torch.autograd.Function):
+    """A backend's kernels; backward computes the sums and norms again from the summands."""
+
+    @staticmethod
+    def forward(ctx, module, *arguments):
+        *tensors, eps, layer_norm, total, keep_norm = arguments
+        ctx.set_materialize_grads(False)
+        ctx.module, ctx.settings = module, (eps, layer_norm)
+        ctx.save_for_backward(*tensors)
+        return module.norm_forward(*tensors, eps, layer_norm, total, keep_norm)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_total, d_normed, d_modulated):
+        grads = ctx.module.norm_backward(d_total, d_normed, d_modulated, *ctx.saved_tensors, *ctx.settings)
+        return None, *grads, None, None, None, None, None
+
+
+def _composed(
+    base, mix, gate, residual, weight, bias, shift, scale, gather, eps, layer_norm, total, keep_norm
+) -> tuple[Tensor | None, ...]:
+    """The same in operations of torch: what every device has, and what a compiler fuses by itself."""
+    x = base.float()
+    if mix is not None:
+        x = x + mix.float() if gate is None else torch.addcmul(x, gate.float(), mix.float())
+    if residual is not None:
+        x = x + residual
+    if gather is not None:
+        x = gather_rows(x, gather)
+    weight, bias = (None if t is None else t.float() for t in (weight, bias))
+    if layer_norm:
+        norm = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    else:
+        norm = F.rms_norm(x, x.shape[-1:], weight, eps)
+        norm = norm if bias is None else norm + bias
+    m = None
+    if scale is not None:
+        m = torch.addcmul(norm + shift, norm, scale.to(norm.dtype)).to(base.dtype)
+    return None if total is None else x.to(total), norm.to(base.dtype) if keep_norm else None, m
+
+
+class _GatherRows(torch.autograd.Function):
+    """x[:, order] for a permutation: its gradient is a gather by the inverse, not a scatter."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, order: Tensor) -> Tensor:
+        ctx.save_for_backward(order)
+        return x.index_select(1, order)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad.index_select(1, ctx.saved_tensors[0].argsort()), None
+
+
+def gather_rows(x: Tensor, order: Tensor) -> Tensor:
+    """x (b, l, ...) -> x[:, order], order a permutation of its l rows."""
+    return _GatherRows.apply(x, order)

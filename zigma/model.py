@@ -186,13 +186,21 @@ class ZigMa(nn.Module):
     def _scans(
         self, grid: tuple[int, int], frames: int, device: torch.device, given: Sequence[Tensor] | None
     ) -> tuple[list[LayerScan], Tensor | None]:
-        """How the layers of this call come to their tokens, and the last one's back. Kept for orders of its own."""
+        """How the layers of this call come to their tokens, and the last one's back. Kept if the orders are its own."""
         if given is not None:
             return self._as_scans(self._checked_orders(given, grid, frames), grid, frames, device)
+        return self._own_scans(grid, frames, device)
+
+    def _own_scans(
+        self, grid: tuple[int, int], frames: int, device: torch.device
+    ) -> tuple[list[LayerScan], Tensor | None]:
         key = (grid, frames, device)
         if key not in self._schedules:
             self._schedules[key] = self._as_scans(self.layer_orders(*grid, frames), grid, frames, device)
         return self._schedules[key]
+
+    # As torch.compiler.assume_constant_result marks, without importing the compiler: a traced graph keeps the orders.
+    _own_scans._dynamo_marked_constant = True
 
     def _as_scans(self, orders, grid, frames, device) -> tuple[list[LayerScan], Tensor | None]:
         config = self.config

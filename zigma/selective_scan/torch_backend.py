@@ -2,11 +2,11 @@
 
     v_k = dt_k u_k,  a_k = exp(dt_k A),  s_k = a_k s_{k-1} + v_k B_k,  y_k = <s_k, C_k> + D u_k,  out_k = y_k silu(z_k)
 
-Forward and backward are written out. Both walk the sequence in segments (token-wise parts) and those in chunks (what
-is as wide as the state), so that memory beyond the results does not grow with the length. Backward starts from the
-state before every STATE_STEPS-th step and recomputes the rest. Layout: steps first, channels last and contiguous, so
-that every operation is vectorised over channels. Written for every device torch has: no float64 constants, no
-in-place index writes.
+Forward and backward are written out. Both walk the sequence in segments (token-wise parts) and those in chunks and
+tiles (what is as wide as the state), so that memory beyond the results does not grow with the length. Backward starts
+from the state before every STATE_STEPS-th step and recomputes the rest. Layout: steps first, channels last and
+contiguous, so that every operation is vectorised over channels. Written for every device torch has: no float64
+constants, no in-place index writes.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 NAME = "torch"
 STATE_STEPS = 16
 SEGMENT = 8 * STATE_STEPS
+TILE = 32768  # elements of one step's state per CPU thread: what torch hands to one thread, and the cache holds
 
 
 def unavailable() -> str | None:
@@ -54,23 +55,17 @@ def scan_forward(
         (b, l, d), n = u.shape, A.shape[1]
         out = u.new_empty(b, l, d)
         states = A.new_empty(states_shape(b, l, d, n) if keep else 0)
-        state, rates = A.new_zeros(b, n, d), _rates(A)
-        for segment in _pieces(0, l, SEGMENT):
+        recurrence, state = _Recurrence(A, b, adjoint=False), A.new_zeros(b, n, d)
+        for segment in _pieces(l, SEGMENT):
             x, dt, B_, C_ = (_walk(t, input_order, segment, A.dtype) for t in (u, delta, B, C))
             dt = _step_sizes(dt, delta_bias, delta_softplus)
-            y, v = torch.empty_like(x), dt * x
-            for chunk in _pieces(0, len(x), STATE_STEPS):
-                if keep:
-                    states[(segment.start + chunk.start) // STATE_STEPS] = state
-                _, s = _states(dt[chunk], v[chunk], B_[chunk], rates, state)
-                y[chunk] = _over_states(C_[chunk], s[1:])
-                state = s[-1]
+            y = recurrence.forward(dt, dt * x, B_, C_, state, states[segment.start // STATE_STEPS :])
             if D is not None:
                 y.addcmul_(D, x)
             if z is not None:
                 y *= F.silu(_walk(z, output_order, segment, A.dtype))
-            out[:, segment] = y.transpose(0, 1)
-        return _unwalk(out, output_order), states
+            _store(out, output_order, segment, y)
+        return _settle(out, output_order), states
 
 
 def scan_backward(
@@ -80,24 +75,17 @@ def scan_backward(
     with _without_autocast(u):
         d_u, d_delta, d_B, d_C = (t.new_empty(t.shape) for t in (u, delta, B, C))
         d_z = None if z is None else z.new_empty(z.shape)
-        d_D, d_bias = (None if t is None else torch.zeros_like(t) for t in (D, delta_bias))
-        rates, d_A = _rates(A), torch.zeros_like(A.T, memory_format=torch.contiguous_format)
-        carry = A.new_zeros(u.shape[0], A.shape[1], u.shape[2])
-        for segment in reversed(_pieces(0, u.shape[1], SEGMENT)):
+        d_D, d_bias = (None if t is None else t.new_zeros(t.shape) for t in (D, delta_bias))
+        recurrence, carry = _Recurrence(A, len(u), adjoint=True), A.new_zeros(len(u), A.shape[1], u.shape[2])
+        for segment in reversed(_pieces(u.shape[1], SEGMENT)):
             x, raw, B_, C_ = (_walk(t, input_order, segment, A.dtype) for t in (u, delta, B, C))
             dt = _step_sizes(raw, delta_bias, delta_softplus)
             dy = _walk(d_out, output_order, segment, A.dtype)
             if z is not None:
                 gate = _walk(z, output_order, segment, A.dtype)
                 d_gate, dy = dy * _silu_slope(gate), dy * F.silu(gate)
-            y, v = torch.empty_like(x), dt * x
-            d_dt, d_v, d_B_, d_C_ = (torch.empty_like(t) for t in (x, x, B_, C_))
-            for c in reversed(_pieces(0, len(x), STATE_STEPS)):
-                start = states[(segment.start + c.start) // STATE_STEPS]
-                y[c], d_dt[c], d_v[c], d_B_[c], d_C_[c], d_A_c, carry = _chunk_gradients(
-                    dy[c], dt[c], v[c], A.T, B_[c], C_[c], rates, start, carry
-                )
-                d_A += d_A_c
+            starts = states[segment.start // STATE_STEPS :]
+            y, d_dt, d_v, d_B_, d_C_ = recurrence.backward(dy, dt, dt * x, B_, C_, carry, starts)
             d_x = d_v * dt
             d_dt.addcmul_(d_v, x)
             if D is not None:
@@ -109,11 +97,12 @@ def scan_backward(
             if delta_bias is not None:
                 d_bias += d_dt.sum((0, 1))
             if z is not None:
-                d_z[:, segment] = (d_gate * y).transpose(0, 1)
+                _store(d_z, output_order, segment, d_gate.mul_(y))
             for grad, part in ((d_u, d_x), (d_delta, d_dt), (d_B, d_B_), (d_C, d_C_)):
-                grad[:, segment] = part.transpose(0, 1)
-        d_u, d_delta, d_B, d_C = (_unwalk(t, input_order) for t in (d_u, d_delta, d_B, d_C))
-        return d_u, d_delta, d_A.T.contiguous(), d_B, d_C, d_D, _unwalk(d_z, output_order), d_bias
+                _store(grad, input_order, segment, part)
+        d_u, d_delta, d_B, d_C = (_settle(t, input_order) for t in (d_u, d_delta, d_B, d_C))
+        d_z = None if d_z is None else _settle(d_z, output_order)
+        return d_u, d_delta, recurrence.d_A.T.contiguous(), d_B, d_C, d_D, d_z, d_bias
 
 
 def conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, order: Tensor | None) -> Tensor:
@@ -133,7 +122,8 @@ def conv_backward(d_out, x, weight, bias, order) -> tuple[Tensor, Tensor, Tensor
         d_x = ahead[:, k - 1 : k - 1 + l] * weight[:, 0]
         for j in range(1, k):
             d_x.addcmul_(ahead[:, k - 1 - j : k - 1 - j + l], weight[:, j])
-        return _unwalk(d_x.to(x.dtype), order), d_weight, None if bias is None else dy.sum((0, 1))
+        d_x = d_x.to(x.dtype) if order is None else d_x.to(x.dtype).index_select(1, order.argsort())
+        return d_x, d_weight, None if bias is None else dy.sum((0, 1))
 
 
 def _padded_walk(x: Tensor, weight: Tensor, order: Tensor | None) -> Tensor:
@@ -157,8 +147,13 @@ def _without_autocast(t: Tensor):
     return contextlib.nullcontext()
 
 
-def _pieces(first: int, last: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, last)) for start in range(first, last, size)]
+def _on_cpu(t: Tensor) -> bool:
+    """Whether work is cut to the caches; other devices get few launches, and nothing that one of them may lack."""
+    return t.device.type == "cpu"
+
+
+def _pieces(length: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def _walk(t: Tensor, order: Tensor | None, segment: slice, dtype: torch.dtype) -> Tensor:
@@ -167,14 +162,21 @@ def _walk(t: Tensor, order: Tensor | None, segment: slice, dtype: torch.dtype) -
     return rows.to(dtype).transpose(0, 1)
 
 
-def _unwalk(t: Tensor | None, order: Tensor | None) -> Tensor | None:
-    """Rows of the walk put back where `order` read them."""
-    return t if t is None or order is None else t.index_select(1, order.argsort())
+def _store(t: Tensor, order: Tensor | None, segment: slice, steps: Tensor) -> None:
+    """Write steps (steps, b, w) of the walk into t (b, l, w), to be settled when all are there.
+
+    Only on the CPU at their rows at once: not every device can write by index.
+    """
+    rows = steps.transpose(0, 1).to(t.dtype)
+    if order is None or not _on_cpu(t):
+        t[:, segment] = rows
+    else:
+        t.index_copy_(1, order[segment], rows)
 
 
-def _rates(A: Tensor) -> Tensor:
-    """A (d, n) as (n, d), scaled so that exp(dt A) = 2^(dt rates): exp2 is the faster of the two."""
-    return (A.T * math.log2(math.e)).contiguous()
+def _settle(t: Tensor, order: Tensor | None) -> Tensor:
+    """t with every row where `order` says."""
+    return t if order is None or _on_cpu(t) else t.index_select(1, order.argsort())
 
 
 def _step_sizes(delta: Tensor, delta_bias: Tensor | None, delta_softplus: bool) -> Tensor:
@@ -188,41 +190,142 @@ def _silu_slope(z: Tensor) -> Tensor:
     return sigma * (1 + z * (1 - sigma))
 
 
-def _states(dt: Tensor, v: Tensor, B: Tensor, rates: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    """Decays (steps, b, n, d) and states (steps + 1, b, n, d), the first of them `start`, of one chunk."""
-    decay = torch.exp2(dt[:, :, None, :] * rates)
-    s = start.new_empty(len(dt) + 1, *start.shape)
-    s[0] = start
-    torch.mul(v[:, :, None, :], B[..., None], out=s[1:])
-    for k in range(len(dt)):
-        s[k + 1].addcmul_(decay[k], s[k])
-    return decay, s
-
-
 def _over_states(m: Tensor, s: Tensor) -> Tensor:
-    """sum_n m[.., n] s[.., n, d]."""
-    return (m[..., None, :] @ s).squeeze(-2)
+    """sum_n m[.., n] s[.., n, d]. Off the CPU without a matrix product, which may run in TF32 there."""
+    return (m[..., None, :] @ s).squeeze(-2) if _on_cpu(s) else (m[..., None] * s).sum(-2)
 
 
 def _over_channels(s: Tensor, m: Tensor) -> Tensor:
-    """sum_d s[.., n, d] m[.., d]."""
-    return (s @ m[..., None]).squeeze(-1)
+    """sum_d s[.., n, d] m[.., d]. A row times a matrix: as matrix times column it takes eight times as long."""
+    return (m[..., None, :] @ s.mT).squeeze(-2) if _on_cpu(s) else (s * m[..., None, :]).sum(-1)
 
 
-def _chunk_gradients(dy, dt, v, A, B, C, rates, start, carry) -> tuple[Tensor, ...]:
-    """y, d_dt, d_v, d_B, d_C, d_A (n, d) and the carry for the chunk before.
+class _Recurrence:
+    """s_k = a_k s_{k-1} + v_k B_k and its adjoint, over the steps of one segment.
 
-    The carry is a_{k+1} g_{k+1} at the chunk's last step k.
-    g_k = dL/ds_k = dy_k C_k + a_{k+1} g_{k+1};  dL/d(dt_k A) = g_k a_k s_{k-1}.
+    On the CPU a chunk of steps is one group, and channels and batch items come in tiles that stay in the cache. Other
+    devices pay by the launch: there STATE_STEPS groups of STATE_STEPS steps advance together as if each started from
+    nothing, then the last states are carried from group to group.
     """
-    decay, s = _states(dt, v, B, rates, start)
-    g = dy[:, :, None, :] * C[..., None]
-    g[-1].add_(carry)
-    for k in reversed(range(len(g) - 1)):
-        g[k].addcmul_(decay[k + 1], g[k + 1])
-    carry = decay[0] * g[0]
-    y, d_C = _over_states(C, s[1:]), _over_channels(s[1:], dy)
-    d_v, d_B = _over_states(B, g), _over_channels(g, v)
-    h = decay.mul_(s[:-1]).mul_(g)
-    d_dt = (h * A).sum(2)
-    return y, d_dt, d_v, d_B, d_C, h.mul_(dt[:, :, None, :]).sum((0, 1)), carry
+
+    def __init__(self, A: Tensor, b: int, adjoint: bool):
+        d, n = A.shape
+        self.adjoint = adjoint
+        self.A = A.T.contiguous()
+        self.rates = self.A * math.log2(math.e)  # exp(dt A) = 2^(dt rates): exp2 is the faster of the two
+        self.d_A = torch.zeros_like(self.A)
+        self.groups, self.tiles = STATE_STEPS, [(slice(0, b), slice(0, d))]
+        if _on_cpu(A):
+            size = TILE * torch.get_num_threads() // max(n, 1)
+            items = max(1, min(b, size // max(d, 1)))
+            self.groups = 1
+            self.tiles = [(i, c) for i in _pieces(b, items) for c in _pieces(d, max(1, size // max(items, 1)))]
+        self.work: dict[tuple[int, ...], _Work] = {}
+
+    def forward(self, dt: Tensor, v: Tensor, B: Tensor, C: Tensor, state: Tensor, states: Tensor) -> Tensor:
+        """y (steps, b, d) of a segment, from dt, v (steps, b, d) and B, C (steps, b, n).
+
+        Advances `state` (b, n, d) in place and, unless `states` is empty, writes the state before every
+        STATE_STEPS-th step there.
+        """
+        y = torch.empty_like(v)
+        for c in self._chunks(len(v)):
+            for item, channel in self.tiles:
+                at = c, item, channel
+                s = self._states(dt[at], v[at], B[c, item], state[item, :, channel], channel).s
+                y[at] = _over_states(C[c, item], s[1:])
+                state[item, :, channel] = s[-1]
+                if states.numel():
+                    kept = s[:-1:STATE_STEPS]
+                    first = c.start // STATE_STEPS
+                    states[first : first + len(kept), item, :, channel] = kept
+        return y
+
+    def backward(self, dy, dt, v, B, C, carry: Tensor, states: Tensor) -> tuple[Tensor, ...]:
+        """y, d_dt, d_v, d_B, d_C of a segment, while d_A adds up.
+
+        `carry` = a_{k+1} dL/ds_{k+1} at the segment's last step k; it becomes that of the segment before.
+        """
+        y, d_dt, d_v = (torch.empty_like(v) for _ in range(3))
+        d_B, d_C = torch.zeros_like(B), torch.zeros_like(C)
+        for c in reversed(self._chunks(len(v))):
+            for item, channel in self.tiles:
+                at, start = (c, item, channel), states[c.start // STATE_STEPS, item, :, channel]
+                dy_, dt_, v_, B_, C_ = dy[at], dt[at], v[at], B[c, item], C[c, item]
+                w = self._states(dt_, v_, B_, start, channel)
+                decay, s, g = w.decay, w.s, self._adjoint(dy_, dt_, C_, carry[item, :, channel], channel)
+                torch.mul(decay[0], g[0], out=carry[item, :, channel])
+                y[at], d_v[at] = _over_states(C_, s[1:]), _over_states(B_, g)
+                d_C[c, item] += _over_channels(s[1:], dy_)
+                d_B[c, item] += _over_channels(g, v_)
+                h = decay.mul_(s[:-1]).mul_(g)  # dL/d(dt_k A) = g_k a_k s_{k-1}
+                torch.sum(torch.mul(h, self.A[:, channel], out=g), 2, out=d_dt[at])
+                self.d_A[:, channel] += h.mul_(dt_[:, :, None, :]).sum((0, 1))
+        return y, d_dt, d_v, d_B, d_C
+
+    def _chunks(self, steps: int) -> list[slice]:
+        """Whole groups in as large chunks as allowed, then the steps that fill no group."""
+        whole = steps // STATE_STEPS * STATE_STEPS
+        rest = [slice(whole, steps)] if whole < steps else []
+        return _pieces(whole, self.groups * STATE_STEPS) + rest
+
+    def _work(self, dt: Tensor) -> _Work:
+        """Memory that every chunk of this shape uses again: fresh pages for each would cost a third of the time."""
+        key = tuple(dt.shape)
+        if key not in self.work:
+            self.work[key] = _Work(self.A.new_empty, *key, len(self.A), self.adjoint)
+        return self.work[key]
+
+    def _states(self, dt: Tensor, v: Tensor, B: Tensor, start: Tensor, channel: slice) -> _Work:
+        """Fills in the decays and states of one chunk and tile."""
+        w, rates = self._work(dt), self.rates[:, channel]
+        torch.mul(dt[:, :, None, :], rates, out=w.decay).exp2_()
+        w.s[0] = start
+        torch.mul(v[:, :, None, :], B[..., None], out=w.s[1:])
+        w.s[1].addcmul_(w.decay[0], w.s[0])
+        for s_j, a_j, s_i in w.forward:
+            s_j.addcmul_(a_j, s_i)
+        if w.groups > 1:
+            x = _grouped(w.s[1:])
+            p = torch.exp2(_grouped(dt).cumsum(1)[:, :, :, None] * rates)
+            for k in range(1, w.groups):
+                x[k, -1].addcmul_(p[k, -1], x[k - 1, -1])
+            x[1:, :-1].addcmul_(p[1:, :-1], x[:-1, -1:])
+        return w
+
+    def _adjoint(self, dy: Tensor, dt: Tensor, C: Tensor, carry: Tensor, channel: slice) -> Tensor:
+        """g_k = dL/ds_k = dy_k C_k + a_{k+1} g_{k+1}, (steps, b, n, d): the recurrence backwards."""
+        w = self._work(dt)
+        torch.mul(dy[:, :, None, :], C[..., None], out=w.g)
+        w.g[-1] += carry
+        for g_i, a_j, g_j in w.backward:
+            g_i.addcmul_(a_j, g_j)
+        if w.groups > 1:
+            x, after = _grouped(w.g), _grouped(torch.cat((dt[1:], torch.zeros_like(dt[:1]))))
+            p = torch.exp2(after.flip(1).cumsum(1).flip(1)[:, :, :, None] * self.rates[:, channel])
+            for k in reversed(range(w.groups - 1)):
+                x[k, 0].addcmul_(p[k, 0], x[k + 1, 0])
+            x[:-1, 1:].addcmul_(p[:-1, 1:], x[1:, :1])
+        return w.g
+
+
+class _Work:
+    """decay, g (steps, b, n, d) and s (steps + 1, b, n, d) of one chunk and tile, and the views its recurrences take.
+
+    Each of `forward` is (s_j, a_j, s_{j-1}) and of `backward` (g_{j-1}, a_j, g_j), for step j of every group at once.
+    """
+
+    def __init__(self, new_empty, steps: int, b: int, d: int, n: int, adjoint: bool):
+        self.decay, self.s = new_empty(steps, b, n, d), new_empty(steps + 1, b, n, d)
+        a, s = _grouped(self.decay).unbind(1), _grouped(self.s[1:]).unbind(1)
+        self.groups = len(a[0])
+        self.forward = list(zip(s[1:], a[1:], s[:-1], strict=True))
+        if adjoint:
+            self.g = new_empty(steps, b, n, d)
+            g = _grouped(self.g).unbind(1)
+            self.backward = list(zip(g[:-1], a[1:], g[1:], strict=True))[::-1]
+
+
+def _grouped(t: Tensor) -> Tensor:
+    """(steps, ...) as (groups, STATE_STEPS, ...), or as one group if the steps do not divide."""
+    return t.unflatten(0, (-1, STATE_STEPS) if len(t) % STATE_STEPS == 0 else (1, len(t)))

@@ -12,11 +12,7 @@ static void exp2_array(const float *x, float *y, int64_t count) {
 }
 
 const zs_kernels VARIANT = {
-#if LANES == 16
-    .name = "avx512",
-#else
-    .name = "avx2",
-#endif
+    .name = SIMD_NAME,
     .lanes = LANES,
     .scan_workspace = scan_workspace,
     .scan_forward = scan_forward,

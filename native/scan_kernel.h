@@ -50,8 +50,6 @@ static void load_chunk(const scan_job *job, const zs_rows *t, const place *p, fl
     }
 }
 
-INLINE void add8(float *to, __m256 x) { _mm256_storeu_ps(to, _mm256_loadu_ps(to) + x); }
-
 /* s_k = exp(dt_k A) s_{k-1} + dt_k B_k u_k and y_k += <s_k, C_k>, over one chunk of one vector of channels and
  * BLOCK of its n states. */
 INLINE void recur(int64_t n, int64_t steps, const float *A, const float *B, const float *C, const float *dt,
@@ -153,7 +151,7 @@ INLINE void recompute(int64_t n, int64_t steps, const float *A, const float *B, 
             to_sum[i] = d * s[i];
         }
         vstore(y + k * LANES, sum[0] + sum[1]);
-        add8(dC + k * n, vsum8(to_sum));
+        vadd_sums8(dC + k * n, to_sum);
     }
 }
 
@@ -185,7 +183,7 @@ INLINE void recur_backward(int64_t n, int64_t steps, const float *A, const float
         }
         vstore(gB + k * LANES, sum_gB);
         vstore(hA + k * LANES, sum_hA);
-        add8(dB + k * n, vsum8(to_sum));
+        vadd_sums8(dB + k * n, to_sum);
     }
     for (int64_t i = 0; i < BLOCK; i++) {
         vstore(carry + i * LANES, g[i]);

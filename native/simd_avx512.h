@@ -1,0 +1,76 @@
+/* Vectors of 16 lanes: AVX-512 F, BW, DQ, VL. */
+#ifndef ZIGMA_SIMD_AVX512_H
+#define ZIGMA_SIMD_AVX512_H
+
+#include <immintrin.h>
+
+#define SIMD_NAME "avx512"
+#define LANES 16
+typedef __m512 vec;
+
+INLINE vec vset(float x) { return _mm512_set1_ps(x); }
+INLINE vec vload(const float *p) { return _mm512_loadu_ps(p); }
+INLINE void vstore(float *p, vec x) { _mm512_storeu_ps(p, x); }
+INLINE vec vfma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE vec vmax(vec a, vec b) { return _mm512_max_ps(a, b); }
+INLINE vec vabs(vec x) { return _mm512_abs_ps(x); }
+/* x >= 0 ? a : b, lane by lane */
+INLINE vec vselect_nonnegative(vec x, vec a, vec b) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GE_OQ), b, a);
+}
+
+INLINE vec vload_bf16(const uint16_t *p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)), 16));
+}
+
+INLINE void vstore_bf16(uint16_t *p, vec x) { /* round to nearest even; a NaN stays a NaN */
+    __m512i bits = _mm512_castps_si512(x);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+    _mm256_storeu_si256((void *)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+}
+
+/* 2^x: x = f + r with f a multiple of 1/32 and |r| <= 1/64; the fraction of f picks 2^(i/32) from a table in two
+ * registers, 2^r = 1 + r (c1 + c2 r) (relative error 5.3e-8), and scalef puts in the integer part, saturating to 0 and
+ * infinity by itself. Fewer multiplications than the polynomial below, and they are what the kernels wait for. */
+INLINE vec vexp2(vec x) {
+    const vec table[2] = {
+        _mm512_setr_ps(1.0f, 1.0218972f, 1.04427373f, 1.06714046f, 1.09050775f, 1.1143868f, 1.13878858f, 1.1637249f,
+                       1.18920708f, 1.21524739f, 1.24185777f, 1.26905096f, 1.29683959f, 1.32523668f, 1.35425556f,
+                       1.38390994f),
+        _mm512_setr_ps(1.41421354f, 1.44518077f, 1.47682619f, 1.50916445f, 1.54221082f, 1.5759809f, 1.61049032f,
+                       1.64575553f, 1.68179286f, 1.71861935f, 1.75625217f, 1.79470909f, 1.8340081f, 1.87416768f,
+                       1.91520655f, 1.95714414f),
+    };
+    const vec shift = vset(393216.0f); /* 1.5 * 2^18: the sum's last bit is worth 1/32 */
+    vec sum = x + shift, f = sum - shift, r = x - f;
+    vec power = _mm512_permutex2var_ps(table[0], _mm512_castps_si512(sum), table[1]);
+    vec p = vfma(r, vset(0.240226508f), vset(0.69315733f)) * r;
+    return _mm512_scalef_ps(vfma(p, power, power), f);
+}
+
+/* 1 / x for x in [1, 2] */
+INLINE vec vreciprocal(vec x) {
+    vec r = _mm512_rcp14_ps(x);
+    return vfma(_mm512_fnmadd_ps(x, r, vset(1.0f)), r, r);
+}
+
+/* Adds the sum of the lanes of v[i] to to[i]: each step adds pairs of lanes and merges two vectors. */
+INLINE void vadd_sums8(float *to, const vec v[8]) {
+    vec pair[4], quad[2];
+    for (int i = 0; i < 4; i++)
+        pair[i] = _mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]) + _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]);
+    for (int i = 0; i < 2; i++) {
+        __m512d a = _mm512_castps_pd(pair[2 * i]), b = _mm512_castps_pd(pair[2 * i + 1]);
+        quad[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)) + _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    }
+    vec eight = _mm512_shuffle_f32x4(quad[0], quad[1], 0x88) + _mm512_shuffle_f32x4(quad[0], quad[1], 0xdd);
+    eight = _mm512_permutexvar_ps(_mm512_setr_epi32(0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 12, 13, 14, 15), eight);
+    _mm256_storeu_ps(to, _mm256_loadu_ps(to) + (_mm512_castps512_ps256(eight) + _mm512_extractf32x8_ps(eight, 1)));
+}
+
+INLINE void vprefetch(const void *p) { _mm_prefetch(p, _MM_HINT_T1); }
+
+#endif

@@ -37,6 +37,17 @@ def pytest_terminal_summary(terminalreporter) -> None:
         )
 
 
+@pytest.fixture
+def fresh_choices(monkeypatch):
+    """Scan backends are chosen anew, with nothing in the environment, and forgotten afterwards."""
+    from zigma.selective_scan import dispatch
+
+    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
+    dispatch.forget_choices()
+    yield
+    dispatch.forget_choices()
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The root of the checkout."""

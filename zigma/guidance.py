@@ -14,6 +14,12 @@ from .flow import Velocity, expand_time
 ConditionalModel = Callable[..., Tensor]  # (x (b, ...), t (b,), y (b, ...) or None) -> v (b, ...)
 
 
+def _encoded(model: ConditionalModel, y: Tensor | None):
+    """What the model needs of y at every step, computed once if it can do that (`ZigMa.encode_condition`)."""
+    encode = getattr(model, "encode_condition", None)
+    return y if y is None or encode is None else encode(y)
+
+
 def _null_like(null: Tensor, cond: Tensor) -> Tensor:
     """null, given for one sample or for all, as one row for each row of cond."""
     if null.ndim == cond.ndim - 1:
@@ -52,7 +58,8 @@ def classifier_free(
     rescale   from 0 (off) to 1, how far to undo the growth of the velocity's standard deviation.
     """
     if scale == 1:
-        return lambda x, t: model(x, t, cond)
+        encoded = _encoded(model, cond)
+        return lambda x, t: model(x, t, encoded)
     if cond is None or null is None:
         missing = "condition" if cond is None else "null condition"
         raise ValueError(f"guidance at scale {scale:g} got no {missing}: give one, or use scale 1")
@@ -60,13 +67,15 @@ def classifier_free(
     if interval is not None and not interval[0] <= interval[1]:
         raise ValueError(f"the guidance interval runs from low to high t: expected low <= high, got {interval}")
 
+    both, alone = _encoded(model, torch.cat([cond, null])), None if interval is None else _encoded(model, cond)
+
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         if len(cond) != len(x):
             raise ValueError(f"got {len(cond)} conditions for a batch of {len(x)}: expected one for each sample")
         inside = None if interval is None else (interval[0] <= t) & (t <= interval[1])
         if inside is not None and not inside.any():
-            return model(x, t, cond)
-        v_cond, v_null = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([cond, null])).chunk(2)
+            return model(x, t, alone)
+        v_cond, v_null = model(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
         v = v_null + scale * (v_cond - v_null)
         if rescale:
             v = _rescale(v, v_cond, rescale)

@@ -72,7 +72,8 @@ class SSM(nn.Module):
         weight, bias = self._read_weights(conv1d, x)
         u = ordered_conv1d_silu(x, weight, bias, order)  # from here on in scan order; z waits in raster order
         dt, B, C = x_proj(u).split(self.splits, dim=-1)
-        delta = dt_proj(dt)  # its bias included: softplus follows inside the scan
+        # Contiguous, so that torch adds the bias within the product; softplus follows inside the scan.
+        delta = dt_proj(dt.contiguous())
         A = -torch.exp(A_log.float().to(u.device))
         return selective_scan_gathered(u, delta, A, B, C, D.float().to(u.device), z, order=order)
 
@@ -179,12 +180,14 @@ class CrossAttention(nn.Module):
         # A list, for the published key is to_out.0 (beside a dropout without weights).
         self.to_out = nn.ModuleList([operations.Linear(inner, embed_dim, **options)])
 
-    def forward(self, tokens: Tensor, context: Tensor) -> Tensor:
-        """tokens (b, l, d) and context (b, m, d) -> (b, l, d)."""
-        q, k, v = (
-            rearrange(part, "b l (h c) -> b h l c", h=self.HEADS)
-            for part in (self.to_q(tokens), self.to_k(context), self.to_v(context))
-        )
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """context (b, m, d) -> keys and values (b, heads, m, c): the same at every step of a sampling run."""
+        k, v = (rearrange(p(context), "b m (h c) -> b h m c", h=self.HEADS) for p in (self.to_k, self.to_v))
+        return k, v
+
+    def forward(self, tokens: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
+        """tokens (b, l, d) -> (b, l, d)."""
+        q, (k, v) = rearrange(self.to_q(tokens), "b l (h c) -> b h l c", h=self.HEADS), keys_values
         if torch.is_grad_enabled() and q.device.type == "cpu":
             # The fused attention's backward on a CPU took a third of a training step at 64 tokens.
             mixed = torch.softmax(q @ k.transpose(-1, -2) * self.HEAD_DIM**-0.5, dim=-1).to(v.dtype) @ v

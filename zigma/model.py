@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,9 +29,21 @@ from .mixer import SSM, Attention, CrossAttention, Mamba, read_weights
 from .scan_orders import LayerSchedule, is_order
 from .selective_scan import Stream, add_norm, gather_rows
 
-__all__ = ["ZigMa"]
+__all__ = ["Condition", "ZigMa"]
 
 log = logging.getLogger(__name__)
+
+
+class Condition(NamedTuple):
+    """A condition as the layers take it: `ZigMa.encode_condition`.
+
+    Attributes:
+        pooled: (b, d), added to the embedding of the time.
+        keys_values: of each layer's cross-attention, (b, heads, m, c) each; None without text.
+    """
+
+    pooled: Tensor
+    keys_values: tuple[tuple[Tensor, Tensor] | None, ...]
 
 
 class ZigMa(nn.Module):
@@ -94,7 +107,7 @@ class ZigMa(nn.Module):
             self.reset_parameters()
 
     def forward(
-        self, x: Tensor, t: Tensor, y: Tensor | None = None, token_orders: Sequence[Tensor] | None = None
+        self, x: Tensor, t: Tensor, y: Tensor | Condition | None = None, token_orders: Sequence[Tensor] | None = None
     ) -> Tensor:
         """Velocity v(x, t | y).
 
@@ -102,7 +115,8 @@ class ZigMa(nn.Module):
             x: latents (b, c, h, w), of a video model (b, f, c, h, w); h and w divisible by the patch size. Neither
                 they nor f are bound to the config (a learned position embedding is resampled to another grid).
             t: times (b,) in [0, 1].
-            y: labels (b,) for a class model, text features (b, m, d_context) for a text model, else None.
+            y: labels (b,) for a class model, text features (b, m, d_context) for a text model, else None; or what
+                `encode_condition` made of them, which spares a sampling run that work in every step.
             token_orders: `depth` orders for this call, in place of the model's own.
 
         Returns:
@@ -118,20 +132,16 @@ class ZigMa(nn.Module):
 
         tokens = self._add_positions(self.x_embedder(x), (h, w), f)  # (b, l, d)
         c = self.t_embedder(t, tokens)  # (b, d)
-        context = None
-        if config.conditioning == "text":
-            context = self.y_embedder(y.to(tokens.dtype))  # (b, m, d)
-            c = c + context.mean(dim=1)
-        elif config.conditioning == "class":
-            c = c + self.y_embedder(y, tokens)
-        c = F.silu(c)
+        condition = y if isinstance(y, Condition) else self.encode_condition(y, tokens.dtype)
+        c = F.silu(c if condition is None else c + condition.pooled)
+        asked = [None] * config.depth if condition is None else condition.keys_values
 
         stream, ssm = Stream(tokens), self.ssm if config.share_ssm else None
-        for block, scan in zip(self.blocks, scans, strict=True):
+        for block, keys_values, scan in zip(self.blocks, asked, scans, strict=True):
             if config.use_checkpoint and torch.is_grad_enabled():
-                stream = checkpoint(block, stream, c, context, scan, ssm, use_reentrant=False)
+                stream = checkpoint(block, stream, c, keys_values, scan, ssm, use_reentrant=False)
             else:
-                stream = block(stream, c, context, scan, ssm)
+                stream = block(stream, c, keys_values, scan, ssm)
         stream = drop_path(stream, config.drop_path_rate, self.training)
         weight, bias = self._read_weights(self.norm_f, like_norms(tokens))
         _, tokens, _ = add_norm(
@@ -140,6 +150,20 @@ class ZigMa(nn.Module):
         v = self.final_layer(tokens)
         v = rearrange(v, "b (f h w) (i j c) -> b f c (h i) (w j)", f=max(f, 1), h=h, w=w, i=p, j=p).to(x.dtype)
         return v if f else v.squeeze(1)
+
+    def encode_condition(self, y: Tensor | None, dtype: torch.dtype | None = None) -> Condition | None:
+        """What is the same at every time t of a condition y (as in `forward`), in `dtype` or that of the weights.
+
+        None for a model without conditions. It holds for the weights of this moment: make it anew when they change.
+        """
+        config = self.config
+        if config.conditioning == "none":
+            return None
+        if config.conditioning == "class":
+            pooled = self.y_embedder(y, y.new_empty(0, dtype=dtype or self.y_embedder.embedding_table.weight.dtype))
+            return Condition(pooled, (None,) * config.depth)
+        context = self.y_embedder(y.to(dtype or self.y_embedder.weight.dtype))  # (b, m, d)
+        return Condition(context.mean(dim=1), tuple(block.msa.keys_values(context) for block in self.blocks))
 
     def layer_orders(self, height: int, width: int, frames: int = 0) -> list[Tensor]:
         """The token orders that the layers use on a grid of height x width tokens (and frames), one per layer.
@@ -229,7 +253,7 @@ class ZigMa(nn.Module):
                 raise ValueError(f"the token order of layer {layer} is no permutation of 0 to {length - 1}")
         return list(orders)
 
-    def _check_inputs(self, x: Tensor, t: Tensor, y: Tensor | None) -> None:
+    def _check_inputs(self, x: Tensor, t: Tensor, y: Tensor | Condition | None) -> None:
         config, p = self.config, self.config.patch_size
         axes = (
             ("batch", "frames", str(config.in_channels)) if config.video_frames else ("batch", str(config.in_channels))
@@ -242,6 +266,10 @@ class ZigMa(nn.Module):
             )
         if t.shape != x.shape[:1]:
             raise ValueError(f"got times of shape {tuple(t.shape)}, expected one for each of {len(x)} latents")
+        if isinstance(y, Condition):
+            if len(y.pooled) != len(x):
+                raise ValueError(f"got {len(y.pooled)} encoded conditions, expected one for each of {len(x)} latents")
+            return
         if config.conditioning == "text" and (
             y is None or y.dim() != 3 or len(y) != len(x) or y.shape[2] != config.d_context
         ):
@@ -309,9 +337,10 @@ class Block(nn.Module):
         self._read_weights = getattr(operations, "read_weights", read_weights)
 
     def forward(
-        self, stream: Stream, c: Tensor, context: Tensor | None, scan: LayerScan, ssm: SSM | None = None
-    ) -> Stream:
-        """stream of (b, l, d), c = silu(condition) (b, d), context (b, m, d); the result lies in this layer's order."""
+        self, stream: Stream, c: Tensor, keys_values: tuple[Tensor, Tensor] | None, scan: LayerScan,
+        ssm: SSM | None = None,
+    ) -> Stream:  # fmt: skip
+        """stream of (b, l, d), c = silu(condition) (b, d), text as keys and values; returns in this layer's order."""
         shift, scale, gate, *text = self.adaLN_modulation(c).unsqueeze(1).chunk(3 if self.msa is None else 6, dim=-1)
         weight, bias = self._read_weights(self.norm, like_norms(stream.base))
         residual, u, tokens = add_norm(
@@ -325,7 +354,7 @@ class Block(nn.Module):
         h, _, tokens = add_norm(
             Stream(u, mixed, gate), eps=1e-6, layer_norm=True, modulation=(shift, scale), total=u.dtype, keep_norm=False
         )  # fmt: skip
-        return Stream(h, self.msa(tokens, context), gate_text, residual)
+        return Stream(h, self.msa(tokens, keys_values), gate_text, residual)
 
     def _mix(self, tokens: Tensor, scan: LayerScan, ssm: SSM | None) -> Tensor:
         """The mixer along each segment of the rows, as they lie; (b, l, d) -> (b, l, d)."""

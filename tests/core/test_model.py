@@ -200,3 +200,15 @@ def test_mistakes_are_named(condition, change, sentence):
     x, t, y = inputs(model)
     with pytest.raises(ValueError, match=sentence):
         model(**{"x": x, "t": t, "y": y, **change})
+
+
+@pytest.mark.parametrize("condition", ["class", "text"])
+def test_an_encoded_condition_is_the_condition(condition):
+    """What a sampling run computes once gives the same velocity, bit for bit."""
+    model = tiny(condition)
+    x, t, y = inputs(model)
+    with torch.no_grad():
+        assert torch.equal(model(x, t, model.encode_condition(y)), model(x, t, y))
+    with pytest.raises(ValueError, match="encoded conditions, expected one for each of 1 latents"):
+        model(x[:1], t[:1], model.encode_condition(y))
+    assert tiny().encode_condition(None) is None

@@ -326,9 +326,7 @@ def test_forcing_a_backend_on_inputs_it_cannot_take_is_an_error():
         selective_scan(**draw_inputs(1, 4, 4, 2, torch.float64), backend="native")
 
 
-def test_the_choice_is_said_once(monkeypatch, caplog):
-    monkeypatch.setattr(dispatch, "_said", set())
-    monkeypatch.delenv("ZIGMA_SCAN_BACKEND", raising=False)
+def test_the_choice_is_said_once(monkeypatch, caplog, fresh_choices):
     inputs = draw_inputs(1, 4, 4, 2)
     with caplog.at_level(logging.INFO, logger="zigma.selective_scan"):
         for _ in range(3):
@@ -337,8 +335,7 @@ def test_the_choice_is_said_once(monkeypatch, caplog):
     assert "selective scan runs on the" in caplog.text
 
 
-def test_the_environment_forces_a_backend(monkeypatch, caplog):
-    monkeypatch.setattr(dispatch, "_said", set())
+def test_the_environment_forces_a_backend(monkeypatch, caplog, fresh_choices):
     monkeypatch.setenv("ZIGMA_SCAN_BACKEND", "torch")
     with caplog.at_level(logging.INFO, logger="zigma.selective_scan"):
         selective_scan(**draw_inputs(1, 4, 4, 2))

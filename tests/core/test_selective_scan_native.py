@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from zigma.selective_scan import available_backends, dispatch, native, native_library, selective_scan
+from zigma.selective_scan import available_backends, native, native_library, selective_scan
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -124,7 +124,7 @@ def test_the_kernel_refuses_an_order_by_itself(library):
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "one byte", "another library", "checksum"])
-def test_a_damaged_library_falls_back_to_torch_and_says_so(damage, tmp_path, monkeypatch, caplog):
+def test_a_damaged_library_falls_back_to_torch_and_says_so(damage, tmp_path, monkeypatch, caplog, fresh_choices):
     try:
         original = native_library.library_path()
     except native_library.NativeUnavailable as error:
@@ -139,8 +139,6 @@ def test_a_damaged_library_falls_back_to_torch_and_says_so(damage, tmp_path, mon
         path.write_bytes(contents.get(damage, data))
     monkeypatch.setattr(native_library, "library_path", lambda: path)
     monkeypatch.setattr(native_library, "_loaded", None)
-    monkeypatch.setattr(dispatch, "_said", set())
-    monkeypatch.delenv("ZIGMA_SCAN_BACKEND", raising=False)
     inputs = draw_inputs(1, 9, 5, 4)
     with caplog.at_level(logging.INFO, logger="zigma.selective_scan"):
         results = [selective_scan(*inputs) for _ in range(2)]

@@ -30,6 +30,7 @@ ENVIRONMENT_VARIABLE = "ZIGMA_SCAN_BACKEND"
 PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("native",)}
 
 _said: set[str] = set()
+_chosen: dict[tuple, str] = {}  # the choice looks at files and environment, and a layer asks for it several times
 
 
 class _Kind(NamedTuple):
@@ -51,11 +52,27 @@ def select_backend(name: str | None, *tensors: Tensor | None) -> str:
         ValueError: no backend has that name.
         RuntimeError: the named backend cannot run here or cannot take these inputs.
     """
-    return _select(name, *((t.device, t.dtype) for t in tensors if t is not None))
+    return _select(name, *dict.fromkeys((t.device, t.dtype) for t in tensors if t is not None))
 
 
 def _select(name: str | None, *kinds: tuple[torch.device, torch.dtype]) -> str:
-    kinds = tuple(_Kind(*kind) for kind in kinds)
+    key = (name, os.environ.get(ENVIRONMENT_VARIABLE), *kinds)
+    if key not in _chosen:
+        _chosen[key] = _choose(name, tuple(_Kind(*kind) for kind in kinds))
+    return _chosen[key]
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler: a traced graph keeps the choice.
+_select._dynamo_marked_constant = True
+
+
+def forget_choices() -> None:
+    """Choose, and say, anew from the next call on: after a library or the environment has changed."""
+    _chosen.clear()
+    _said.clear()
+
+
+def _choose(name: str | None, kinds: tuple[_Kind, ...]) -> str:
     source = "asked for by the caller" if name else f"set by {ENVIRONMENT_VARIABLE}"
     name = name or os.environ.get(ENVIRONMENT_VARIABLE)
     if name:
@@ -72,10 +89,6 @@ def _select(name: str | None, *kinds: tuple[torch.device, torch.dtype]) -> str:
             passed_over.append(f"the tensors are on {device} ({module.describe()})")
             return _say(logging.INFO, candidate, "; ".join(passed_over))
     return _say(level, "torch", "; ".join(passed_over) or f"the tensors are on {device}, which has no kernel here")
-
-
-# What torch.compiler.assume_constant_result does, without importing the compiler: a traced graph keeps the choice.
-_select._dynamo_marked_constant = True
 
 
 def _forced(name: str, source: str, kinds: tuple[_Kind, ...]) -> str:

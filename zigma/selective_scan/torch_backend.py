@@ -20,7 +20,8 @@ from torch import Tensor
 
 NAME = "torch"
 STATE_STEPS = 16
-SEGMENT = 8 * STATE_STEPS
+SEGMENT = 16 * STATE_STEPS  # at most: longer ones save launches of token-wise operations, and take memory
+SEGMENT_ELEMENTS = 2**18  # of one token-wise tensor on the CPU: the caches hold a handful of them
 TILE = 32768  # elements of one step's state per CPU thread: what torch hands to one thread, and the cache holds
 
 
@@ -56,9 +57,10 @@ def scan_forward(
         out = u.new_empty(b, l, d)
         states = A.new_empty(states_shape(b, l, d, n) if keep else 0)
         recurrence, state = _Recurrence(A, b, adjoint=False), A.new_zeros(b, n, d)
-        for segment in _pieces(l, SEGMENT):
+        for segment in _segments(u):
             x, dt, B_, C_ = (_walk(t, input_order, segment, A.dtype) for t in (u, delta, B, C))
-            dt = _step_sizes(dt, delta_bias, delta_softplus)
+            dt = dt if delta_bias is None else dt + delta_bias
+            dt = F.softplus(dt) if delta_softplus else dt
             y = recurrence.forward(dt, dt * x, B_, C_, state, states[segment.start // STATE_STEPS :])
             if D is not None:
                 y.addcmul_(D, x)
@@ -77,13 +79,14 @@ def scan_backward(
         d_z = None if z is None else z.new_empty(z.shape)
         d_D, d_bias = (None if t is None else t.new_zeros(t.shape) for t in (D, delta_bias))
         recurrence, carry = _Recurrence(A, len(u), adjoint=True), A.new_zeros(len(u), A.shape[1], u.shape[2])
-        for segment in reversed(_pieces(u.shape[1], SEGMENT)):
+        for segment in reversed(_segments(u)):
             x, raw, B_, C_ = (_walk(t, input_order, segment, A.dtype) for t in (u, delta, B, C))
-            dt = _step_sizes(raw, delta_bias, delta_softplus)
+            raw = raw if delta_bias is None else raw + delta_bias
+            dt = F.softplus(raw) if delta_softplus else raw
             dy = _walk(d_out, output_order, segment, A.dtype)
             if z is not None:
-                gate = _walk(z, output_order, segment, A.dtype)
-                d_gate, dy = dy * _silu_slope(gate), dy * F.silu(gate)
+                silu, slope = _silu_and_slope(_walk(z, output_order, segment, A.dtype))
+                d_gate, dy = slope.mul_(dy), silu.mul_(dy)
             starts = states[segment.start // STATE_STEPS :]
             y, d_dt, d_v, d_B_, d_C_ = recurrence.backward(dy, dt, dt * x, B_, C_, carry, starts)
             d_x = d_v * dt
@@ -93,7 +96,7 @@ def scan_backward(
                 d_D += (dy * x).sum((0, 1))
                 y.addcmul_(D, x)
             if delta_softplus:
-                d_dt *= torch.sigmoid(raw if delta_bias is None else raw + delta_bias)
+                d_dt *= torch.sigmoid(raw)
             if delta_bias is not None:
                 d_bias += d_dt.sum((0, 1))
             if z is not None:
@@ -108,35 +111,47 @@ def scan_backward(
 def conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, order: Tensor | None) -> Tensor:
     """SiLU of the depthwise causal convolution along `order`; x (b, l, d) raster, result in scan order."""
     with _without_autocast(x):
-        return F.silu(_convolved(_padded_walk(x, weight, order), weight, bias)).to(x.dtype)
+        out = x.new_empty(x.shape)
+        for segment in _segments(x, longest=16 * SEGMENT):
+            walk = _walk_with_past(x, order, segment.start, segment.stop, weight)
+            out[:, segment] = F.silu(_convolved(walk, weight, bias))
+        return out
 
 
 def conv_backward(d_out, x, weight, bias, order) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients for x (raster), weight and bias."""
+    (_, l, d), k = x.shape, weight.shape[1]
+    d_x, d_weight, d_bias = x.new_empty(x.shape), weight.new_zeros(k, d), weight.new_zeros(d)
     with _without_autocast(x):
-        l, k = x.shape[1], weight.shape[1]
-        walk = _padded_walk(x, weight, order)
-        dy = d_out.to(weight.dtype) * _silu_slope(_convolved(walk, weight, bias))
-        d_weight = torch.stack([(dy * walk[:, j : j + l]).sum((0, 1)) for j in range(k)], dim=1)
-        ahead = F.pad(dy, (0, 0, 0, k - 1))
-        d_x = ahead[:, k - 1 : k - 1 + l] * weight[:, 0]
-        for j in range(1, k):
-            d_x.addcmul_(ahead[:, k - 1 - j : k - 1 - j + l], weight[:, j])
-        d_x = d_x.to(x.dtype) if order is None else d_x.to(x.dtype).index_select(1, order.argsort())
-        return d_x, d_weight, None if bias is None else dy.sum((0, 1))
+        for segment in _segments(x, longest=16 * SEGMENT):
+            steps, end = segment.stop - segment.start, min(segment.stop + k - 1, l)  # the steps that read this segment
+            walk = _walk_with_past(x, order, segment.start, end, weight)
+            _, slope = _silu_and_slope(_convolved(walk, weight, bias))
+            dy = slope.mul_(d_out[:, segment.start : end])
+            d_bias += dy[:, :steps].sum((0, 1))
+            for j in range(k):
+                d_weight[j] += (dy[:, :steps] * walk[:, j : j + steps]).sum((0, 1))
+            dy = F.pad(dy, (0, 0, 0, steps + k - 1 - dy.shape[1]))
+            part = dy[:, k - 1 : k - 1 + steps] * weight[:, 0]
+            for j in range(1, k):
+                part.addcmul_(dy[:, k - 1 - j : k - 1 - j + steps], weight[:, j])
+            _store(d_x, order, segment, part.transpose(0, 1))
+        return _settle(d_x, order), d_weight.T.contiguous(), None if bias is None else d_bias
 
 
-def _padded_walk(x: Tensor, weight: Tensor, order: Tensor | None) -> Tensor:
-    walk = (x if order is None else x.index_select(1, order)).to(weight.dtype)
-    return F.pad(walk, (0, 0, weight.shape[1] - 1, 0))
+def _walk_with_past(x: Tensor, order: Tensor | None, first: int, last: int, weight: Tensor) -> Tensor:
+    """Steps first to last (b, steps, d) with the k - 1 before them, zeros where there are none."""
+    past = weight.shape[1] - 1
+    walk = _walk(x, order, slice(max(first - past, 0), last), weight.dtype).transpose(0, 1)
+    return F.pad(walk, (0, 0, max(past - first, 0), 0))
 
 
 def _convolved(walk: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A sum of k shifted products, since conv1d would want the channels before the tokens."""
-    l = walk.shape[1] - weight.shape[1] + 1
-    y = walk[:, :l] * weight[:, 0]
+    steps = walk.shape[1] - weight.shape[1] + 1
+    y = walk[:, :steps] * weight[:, 0]
     for j in range(1, weight.shape[1]):
-        y.addcmul_(walk[:, j : j + l], weight[:, j])
+        y.addcmul_(walk[:, j : j + steps], weight[:, j])
     return y if bias is None else y.add_(bias)
 
 
@@ -154,6 +169,13 @@ def _on_cpu(t: Tensor) -> bool:
 
 def _pieces(length: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _segments(x: Tensor, longest: int = SEGMENT) -> list[slice]:
+    """The steps of x (b, l, d) in pieces of whole STATE_STEPS, up to `longest`."""
+    b, l, d = x.shape
+    fitting = SEGMENT_ELEMENTS // max(b * d, 1) // STATE_STEPS * STATE_STEPS if _on_cpu(x) else longest
+    return _pieces(l, max(STATE_STEPS, min(fitting, longest)))
 
 
 def _walk(t: Tensor, order: Tensor | None, segment: slice, dtype: torch.dtype) -> Tensor:
@@ -179,15 +201,11 @@ def _settle(t: Tensor, order: Tensor | None) -> Tensor:
     return t if order is None or _on_cpu(t) else t.index_select(1, order.argsort())
 
 
-def _step_sizes(delta: Tensor, delta_bias: Tensor | None, delta_softplus: bool) -> Tensor:
-    dt = delta if delta_bias is None else delta + delta_bias
-    return F.softplus(dt) if delta_softplus else dt
-
-
-def _silu_slope(z: Tensor) -> Tensor:
-    """d silu(z) / dz = sigma(z) (1 + z (1 - sigma(z)))."""
+def _silu_and_slope(z: Tensor) -> tuple[Tensor, Tensor]:
+    """silu(z) = z sigma(z) and its derivative sigma(z) + silu(z) (1 - sigma(z))."""
     sigma = torch.sigmoid(z)
-    return sigma * (1 + z * (1 - sigma))
+    silu = z * sigma
+    return silu, torch.addcmul(sigma + silu, sigma, silu, value=-1)
 
 
 def _over_states(m: Tensor, s: Tensor) -> Tensor:

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from zigma.selective_scan import reference, torch_backend
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
+
+
+@pytest.fixture(params=["cpu", "other devices"])
+def path(request, monkeypatch):
+    """The way that work is cut on the CPU, and the way of other devices, here on the CPU."""
+    if request.param == "other devices":
+        monkeypatch.setattr(torch_backend, "_on_cpu", lambda t: False)
+    return request.param
 
 
 def draw(b, l, d, n, dtype=torch.float32, seed=0, without=()):
@@ -80,6 +89,50 @@ def assert_agree(got, want, rtol=None):
         assert error <= tolerance * scale + 1e-12, f"{name}: {float(error):.2e} against {float(scale):.2e}"
 
 
+class Recorder(TorchDispatchMode):
+    """Every operation that makes or fills a tensor: its name and the tensor."""
+
+    VIEWS = (
+        "view",
+        "slice",
+        "select",
+        "transpose",
+        "t.",
+        "unsqueeze",
+        "squeeze",
+        "expand",
+        "unbind",
+        "alias",
+        "detach",
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, function, kinds, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        name = function.__name__
+        if not name.startswith(self.VIEWS):
+            self.made += [(name, t) for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
+        return result
+
+    @property
+    def launches(self):
+        return sum(not name.startswith(("empty", "new_empty")) for name, _ in self.made)
+
+
+@torch.no_grad()
+def record(inputs, *options):
+    """What forward and backward do, apart."""
+    with Recorder() as forward:
+        out, states = torch_backend.scan_forward(*inputs, *options, True)
+    d_out = gradient(out)
+    with Recorder() as backward:
+        torch_backend.scan_backward(d_out, *inputs, *options, states)
+    return forward, backward
+
+
 def orders(kind, l):
     return {
         "none": (None, None),
@@ -93,7 +146,7 @@ def orders(kind, l):
 @pytest.mark.parametrize("kind", ["none", "both", "gathered", "input", "two"])
 @pytest.mark.parametrize("softplus", [True, False])
 @pytest.mark.parametrize("without", [(), ("z",), ("D",), ("delta_bias",), ("D", "z", "delta_bias")])
-def test_the_eight_gradients(kind, softplus, without):
+def test_the_eight_gradients(path, kind, softplus, without):
     inputs = draw(2, 37, 21, 5, without=without)
     if not softplus:
         inputs[1] = inputs[1].abs() * 0.1
@@ -104,7 +157,7 @@ def test_the_eight_gradients(kind, softplus, without):
 
 @pytest.mark.parametrize("dtype, rtol", [(torch.bfloat16, None), (torch.float16, None), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("kind", ["none", "two"])
-def test_every_dtype(dtype, rtol, kind):
+def test_every_dtype(path, dtype, rtol, kind):
     inputs = draw(2, 150, 9, 4, dtype)
     options = True, *orders(kind, 150)
     assert_agree(run(inputs, *options), expect(inputs, *options), rtol)
@@ -119,16 +172,16 @@ def test_each_tensor_may_have_its_own_dtype():
 SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 300), st.integers(1, 40), st.integers(1, 17))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(shape=SHAPES, seed=st.integers(0, 1000), kind=st.sampled_from(["none", "both", "gathered", "two"]))
-def test_any_shape(shape, seed, kind):
+def test_any_shape(path, shape, seed, kind):
     inputs, options = draw(*shape, seed=seed), (True, *orders(kind, shape[1]))
     assert_agree(run(inputs, *options), expect(inputs, *options), 1e-5)
 
 
 @pytest.mark.parametrize("b, l, d, n", [(0, 4, 3, 2), (2, 0, 3, 2), (2, 4, 0, 2), (2, 4, 3, 0)])
 @pytest.mark.parametrize("kind", ["none", "two"])
-def test_empty_tensors(b, l, d, n, kind):
+def test_empty_tensors(path, b, l, d, n, kind):
     inputs, options = draw(b, l, d, n), (True, *orders(kind, l))
     assert_agree(run(inputs, *options), expect(inputs, *options))
     x, weight = inputs[0], torch.ones(d, 4)
@@ -138,7 +191,7 @@ def test_empty_tensors(b, l, d, n, kind):
     assert not d_weight.any() or x.numel()
 
 
-def test_strided_and_expanded_inputs():
+def test_strided_and_expanded_inputs(path):
     inputs = draw(2, 40, 12, 6)
     wide = torch.randn(2, 40, 40)
     u, delta, z, B, C = wide[..., :12], wide[..., 12:24], wide[..., 24:36], wide[..., 30:36], wide[..., 34:40]
@@ -154,7 +207,7 @@ def test_strided_and_expanded_inputs():
 
 
 @pytest.mark.parametrize("name", ["u", "delta", "B", "C", "z"])
-def test_a_nan_stays_in_its_batch_item(name):
+def test_a_nan_stays_in_its_batch_item(path, name):
     inputs = draw(3, 70, 24, 4)
     clean = run(inputs)
     inputs[NAMES.index(name)][1, 30] = torch.nan
@@ -167,7 +220,7 @@ def test_a_nan_stays_in_its_batch_item(name):
 
 def test_the_same_result_twice_and_for_every_batch():
     """Bit for bit, and an item alone gives what it gives in a batch."""
-    inputs = draw(3, 140, 65, 16)
+    inputs = draw(3, 140, 65, 4)
     first, second = run(inputs), run(inputs)
     assert all(torch.equal(first[name], second[name]) for name in first)
     alone = run([t[1:2] if t.ndim == 3 else t for t in inputs], d_out=gradient(inputs[0])[1:2])
@@ -175,7 +228,7 @@ def test_the_same_result_twice_and_for_every_batch():
         torch.testing.assert_close(alone[name], first[name][1:2], rtol=1e-5, atol=1e-5)
 
 
-def test_large_steps_stay_finite():
+def test_large_steps_stay_finite(path):
     inputs = draw(1, 40, 20, 16)
     for name in ("delta", "z"):
         inputs[NAMES.index(name)] *= 1000
@@ -221,7 +274,7 @@ def test_autocast_and_inference_mode_change_nothing():
 @pytest.mark.parametrize("l, k", [(1, 4), (30, 4), (3, 5), (17, 1)])
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("ordered", [True, False])
-def test_convolution(dtype, l, k, with_bias, ordered):
+def test_convolution(path, dtype, l, k, with_bias, ordered):
     g = torch.Generator().manual_seed(0)
     state = torch.float64 if dtype == torch.float64 else torch.float32
     x = torch.randn(2, l, 18, generator=g).to(dtype)[..., :9]
@@ -237,3 +290,57 @@ def test_convolution(dtype, l, k, with_bias, ordered):
     assert (got[2] is None) == (bias is None)
     got = {"out": torch_backend.conv_forward(x, weight, bias, order)} | dict(zip(want, got, strict=False))
     assert_agree(got, {"out": out.detach(), **want}, 1e-12 if dtype == torch.float64 else None)
+
+
+def test_tiles_change_nothing(monkeypatch):
+    """Channels and batch items cut to the cache, evenly or not, give what the whole gives."""
+    inputs = draw(3, 40, 22, 4)
+    want = run(inputs)
+    for size in (4, 20, 22 * 4 * 2):
+        monkeypatch.setattr(torch_backend, "TILE", size)
+        got = run(inputs)
+        for name, t in want.items():
+            torch.testing.assert_close(got[name], t, rtol=1e-5, atol=1e-5)
+        assert torch.equal(got["out"], want["out"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_devices_get_nothing_they_may_lack(monkeypatch, dtype):
+    """MPS has no float64 and few writes by index; a float64 scalar tensor would already fail there."""
+    monkeypatch.setattr(torch_backend, "_on_cpu", lambda t: False)
+    x, weight, bias, order = torch.randn(1, 40, 6).to(dtype), torch.randn(6, 4), torch.randn(6), permutation(40)
+    with Recorder() as conv, torch.no_grad():
+        torch_backend.conv_forward(x, weight, bias, order)
+        torch_backend.conv_backward(x, x, weight, bias, order)
+    for recorder in (*record(draw(2, 300, 6, 4, dtype), True, *orders("two", 300)), conv):
+        assert recorder.made
+        for name, t in recorder.made:
+            assert t.dtype != torch.float64, name
+            assert not name.startswith(("index_put", "index_copy", "index_add", "index_fill", "scatter", "masked")), (
+                name
+            )
+
+
+def test_other_devices_get_few_launches(monkeypatch):
+    """At most one for every four steps forward, and three for five steps backward."""
+    monkeypatch.setattr(torch_backend, "_on_cpu", lambda t: False)
+    forward, backward = record(draw(2, 1024, 6, 4), True, *orders("gathered", 1024))
+    assert forward.launches < 1024 / 4
+    assert backward.launches < 1024 * 0.6
+
+
+def test_memory_beyond_the_results_does_not_grow_with_the_length(path):
+    """Of what is made, only the results (twice where rows are put back at the end) are as long as the sequence."""
+    b, d, n, copies = 2, 3, 2, 1 if path == "cpu" else 2
+    largest = []
+    for l in (5000, 10000):
+        forward, backward = record(draw(b, l, d, n, torch.bfloat16), True, *orders("two", l))
+        for recorder, results in ((forward, {(b, l, d): 1}), (backward, {(b, l, d): 3, (b, l, n): 2})):
+            own = [t for name, t in recorder.made if name.startswith(("new_empty", "empty", "index_select"))]
+            for shape, count in results.items():
+                assert sum(t.shape == shape for t in own) == count * copies
+            states = torch_backend.states_shape(b, l, d, n)
+            rest = [t for _, t in recorder.made if t.ndim > 1 and t.shape not in (*results, states)]
+            largest.append(max(t.numel() for t in rest))
+    assert largest[0] == largest[2]
+    assert largest[1] == largest[3]

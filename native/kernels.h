@@ -43,6 +43,4 @@ typedef struct {
 /* Sums that one block of rows adds to, each a padded row: d_gate, d_scale, d_shift, d_weight, d_bias. */
 enum { NORM_SUMS = 5 };
 
-extern const zs_kernels zs_kernels_avx512, zs_kernels_avx2;
-
 #endif

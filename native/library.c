@@ -1,43 +1,17 @@
-/* Entry points of the native library: choice of the instruction set, checks, threads, packing of the parameters and
- * the final sums over units. */
+/* Entry points of the native library: checks, threads, packing of the parameters and the final sums over units. */
 
-#include <cpuid.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "kernels.h"
+#include "instruction_sets.h"
 #include "threads.h"
 
+#if defined(_WIN32)
+#define EXPORT __declspec(dllexport)
+#else
 #define EXPORT __attribute__((visibility("default")))
+#endif
 #define LOG2E 1.44269504088896341f
-
-/* ---- instruction set ---- */
-
-static int os_saves_state(uint64_t mask) { /* XCR0: which registers the operating system keeps */
-    uint32_t low, high;
-    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-    return (((uint64_t)high << 32 | low) & mask) == mask;
-}
-
-static int supports(const zs_kernels *kernels) {
-    uint32_t eax, ebx, ecx, edx;
-    const uint32_t fma = 1u << 12, osxsave = 1u << 27, avx = 1u << 28, f16c = 1u << 29;
-    const uint32_t avx2 = 1u << 5, bmi = 1u << 3 | 1u << 8;
-    const uint32_t avx512 = 1u << 16 | 1u << 17 | 1u << 28 | 1u << 30 | 1u << 31; /* F, DQ, CD, BW, VL */
-    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return 0;
-    if ((ecx & (fma | osxsave | avx | f16c)) != (fma | osxsave | avx | f16c) || !os_saves_state(0x6)) return 0;
-    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (ebx & (avx2 | bmi)) != (avx2 | bmi)) return 0;
-    return kernels == &zs_kernels_avx2 || ((ebx & avx512) == avx512 && os_saves_state(0xe6));
-}
-
-static const zs_kernels *const variants[] = {&zs_kernels_avx512, &zs_kernels_avx2};
-
-/* The widest variant that this CPU runs, or the named one; NULL if there is none. */
-static const zs_kernels *find_kernels(const char *name) {
-    for (size_t i = 0; i < sizeof variants / sizeof *variants; i++)
-        if ((!name || !*name || !strcmp(name, variants[i]->name)) && supports(variants[i])) return variants[i];
-    return NULL;
-}
 
 EXPORT int64_t zs_abi_version(void) { return ZS_ABI_VERSION; }
 

@@ -21,7 +21,7 @@ from zigma.selective_scan import (
 )
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
-BACKENDS = ("torch", "native-avx512", "native-avx2")
+BACKENDS = ("torch", "native-avx512", "native-avx2", "native-sse2", "native-neon")
 
 
 @pytest.fixture(params=BACKENDS)
@@ -124,7 +124,8 @@ def test_any_shape(backend, shape, seed, gathered):
     order = torch.randperm(shape[1], generator=torch.Generator().manual_seed(seed))
     scan = selective_scan_gathered if gathered else selective_scan
     want = run(scan, inputs, backend="reference", order=order)
-    assert_agree(run(scan, inputs, backend=backend, order=order), want, inputs)
+    # A sum over tokens (of d_delta_bias, say) may cancel: then its rounding is large beside it.
+    assert_agree(run(scan, inputs, backend=backend, order=order), want, inputs, rtol=1e-5)
 
 
 @pytest.mark.parametrize("b, l, d, n", [(0, 4, 3, 2), (2, 0, 3, 2), (2, 4, 0, 2)])

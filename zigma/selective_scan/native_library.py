@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import platform
 import sys
+import sysconfig
 import threading
 from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_int64, c_void_p
 from pathlib import Path
@@ -17,11 +18,17 @@ from pathlib import Path
 from torch import Tensor
 
 ABI_VERSION = 2
-INSTRUCTION_SETS = ("avx512", "avx2")  # widest first
 FLOAT32, BFLOAT16 = 0, 1
 OK, BAD_ORDER, NO_MEMORY, UNSUPPORTED = range(4)
 MAX_STATES, MAX_CONV_WIDTH = 256, 16
 REBUILD = "restore the file from the project's repository or rebuild it with `python native/build.py`"
+INSTRUCTION_SETS = ("avx512", "avx2", "sse2", "neon")
+LIBRARIES = {
+    ("linux", "x86_64"): "zigma_scan-linux-x86_64.so",
+    ("linux", "aarch64"): "zigma_scan-linux-aarch64.so",
+    ("win32", "amd64"): "zigma_scan-windows-x86_64.dll",
+    ("darwin", "arm64"): "zigma_scan-macos-arm64.dylib",
+}
 
 
 class Rows(Structure):
@@ -78,7 +85,7 @@ class NativeUnavailable(RuntimeError):
 
 
 class NativeLibrary:
-    """The loaded library. `instruction_set` names the variant in use: "avx512" or "avx2"."""
+    """The loaded library. `instruction_set` names the variant in use, one of INSTRUCTION_SETS."""
 
     def __init__(self, path: Path):
         try:
@@ -103,7 +110,7 @@ class NativeLibrary:
             "norm_backward": self._bind("zs_norm_backward", norm),
         }
         if not self.instruction_sets():
-            raise NativeUnavailable("this CPU has no AVX2 and FMA; use one of the last ten years for its speed")
+            raise NativeUnavailable(f"{path} holds nothing that this CPU runs; {REBUILD}")
         self.instruction_set = self.instruction_sets()[0]
 
     def _bind(self, name: str, argtypes: list, restype=c_int64):
@@ -138,10 +145,16 @@ class NativeLibrary:
 
 def library_path() -> Path:
     """Where the built library for this platform lies. Raises NativeUnavailable where none is built."""
-    system, machine = sys.platform, platform.machine().lower()
-    if system != "linux" or machine not in ("x86_64", "amd64"):
-        raise NativeUnavailable(f"it is built for Linux x86-64, not for {system} {machine}")
-    return Path(__file__).parent / "lib" / "zigma_scan-linux-x86_64.so"
+    # The interpreter's own architecture: an x86-64 one runs on arm64 too, by emulation.
+    machine = sysconfig.get_platform().rpartition("-")[2] if sys.platform == "win32" else platform.machine()
+    try:
+        name = LIBRARIES[sys.platform, machine.lower()]
+    except KeyError:
+        raise NativeUnavailable(
+            "it is built for Linux on x86-64 and arm64, Windows on x86-64 and macOS on arm64, "
+            f"not for {sys.platform} on {machine}"
+        ) from None
+    return Path(__file__).absolute().parent / "lib" / name
 
 
 def checksum_path(library: Path) -> Path:

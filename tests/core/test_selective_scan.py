@@ -315,7 +315,7 @@ def test_shapes_that_do_not_fit_are_named(name):
 
 def test_an_unknown_backend_is_refused(monkeypatch):
     inputs = draw_inputs(1, 4, 4, 2)
-    with pytest.raises(ValueError, match=r"'cuda9' \(asked for by the caller\) is unknown, choose from native, torch"):
+    with pytest.raises(ValueError, match=r"'cuda9' \(asked for by the caller\) is unknown, choose from .*native, "):
         selective_scan(**inputs, backend="cuda9")
     monkeypatch.setenv("ZIGMA_SCAN_BACKEND", "fastest")
     with pytest.raises(ValueError, match=r"'fastest' \(set by ZIGMA_SCAN_BACKEND\) is unknown"):

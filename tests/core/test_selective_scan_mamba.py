@@ -217,7 +217,7 @@ def expect(inputs, softplus=True, input_order=None, output_order=None):
         u, delta, B, C = (t[:, input_order] for t in (u, delta, B, C))
     if z is not None and output_order is not None:
         z = z[:, output_order]
-    out = reference.scan(u, delta, A, B, C, D, z, bias, softplus, None, gathered=False)
+    out = reference.scan(u, delta, A, B, C, D, z, bias, softplus, None, None)
     if output_order is not None:
         out = out[:, output_order.argsort()]
     present = [t for t in leaves if t is not None]

@@ -19,15 +19,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import native, reference, torch_backend
+from . import mamba_backend, native, reference, torch_backend, triton_backend
 
 logger = logging.getLogger(__name__)
 
-BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (native, torch_backend, reference)}
+BACKENDS: dict[str, ModuleType] = {
+    module.NAME: module for module in (mamba_backend, triton_backend, native, torch_backend, reference)
+}
 ENVIRONMENT_VARIABLE = "ZIGMA_SCAN_BACKEND"
 
 # The first that can run does, or else torch, which always can. What is not named here (MPS, XPU, ...) has torch alone.
-PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("native",)}
+# "cuda" is also what torch calls AMD's GPUs, where mamba-ssm's kernels say that they cannot run.
+PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("native",), "cuda": ("mamba-ssm", "triton")}
 
 _said: set[str] = set()
 _chosen: dict[tuple, str] = {}  # the choice looks at files and environment, and a layer asks for it several times
@@ -77,18 +80,20 @@ def _choose(name: str | None, kinds: tuple[_Kind, ...]) -> str:
     name = name or os.environ.get(ENVIRONMENT_VARIABLE)
     if name:
         return _forced(name, source, kinds)
-    device, level, passed_over = kinds[0].device.type, logging.INFO, []
+    device, broken, passed_over = kinds[0].device.type, [], []
     for candidate in PREFERENCE.get(device, ()):
         module = BACKENDS[candidate]
         if (reason := module.unavailable()) is not None:
-            level = logging.WARNING  # slower than this machine could be: never in silence
-            passed_over.append(f"the {candidate} kernel, several times faster, cannot run: {reason}")
+            broken.append(f"the {candidate} kernel%s cannot run: {reason}")
         elif (reason := module.unsupported(*kinds)) is not None:
             passed_over.append(f"the {candidate} kernel {reason}")
         else:
-            passed_over.append(f"the tensors are on {device} ({module.describe()})")
-            return _say(logging.INFO, candidate, "; ".join(passed_over))
-    return _say(level, "torch", "; ".join(passed_over) or f"the tensors are on {device}, which has no kernel here")
+            here = f"the tensors are on {device} ({module.describe()})"
+            return _say(logging.INFO, candidate, "; ".join([here, *(text % "" for text in broken), *passed_over]))
+    # Slower than this machine could be: never in silence.
+    level = logging.WARNING if broken else logging.INFO
+    reasons = [text % ", several times faster," for text in broken] + passed_over
+    return _say(level, "torch", "; ".join(reasons) or f"the tensors are on {device}, which has no kernel here")
 
 
 def _forced(name: str, source: str, kinds: tuple[_Kind, ...]) -> str:

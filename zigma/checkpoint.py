@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from .atomic_file import write_safetensors
 from .autoencoder import Autoencoder, autoencoder_from_state_dict
 from .config import ZigMaConfig
+from .mixer import FLOAT32_PARAMETERS, at_least_float32
 from .model import ZigMa
 from .published import SD_LATENT_SCALE, derive_config, read_torch_checkpoint, strip_prefixes
 from .text import TextEncoderConfig, WordTextEncoder
@@ -371,7 +372,10 @@ def _layer_orders(
 def _filled(module: nn.Module, state: dict[str, Tensor], device: torch.device | str, dtype: torch.dtype | str | None):
     """A module from the meta device with these weights, ready for sampling. Empties `state`, to hold nothing twice."""
     dtype = _dtype(dtype)
-    module.load_state_dict({key: state.pop(key).to(device, dtype) for key in list(state)}, assign=True)
+    dtypes = {key: dtype for key in state}
+    if dtype is not None:
+        dtypes |= {key: at_least_float32(dtype) for key in state if key.rpartition(".")[2] in FLOAT32_PARAMETERS}
+    module.load_state_dict({key: state.pop(key).to(device, dtypes[key]) for key in list(state)}, assign=True)
     return module.eval().requires_grad_(False)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .config import ZigMaConfig
 from .selective_scan import ordered_conv1d_silu, selective_scan_gathered
 
-__all__ = ["SSM", "Attention", "CrossAttention", "Mamba", "read_weights"]
+__all__ = ["FLOAT32_PARAMETERS", "SSM", "Attention", "CrossAttention", "Mamba", "at_least_float32", "read_weights"]
 
 
 def read_weights(layer: nn.Module, like: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -29,6 +29,15 @@ def read_weights(layer: nn.Module, like: Tensor) -> tuple[Tensor, Tensor | None]
     attribute `read_weights` of the `operations` it passes; `like` is a tensor of the device and dtype of the use.
     """
     return layer.weight, getattr(layer, "bias", None)  # norms may have none
+
+
+# Of an SSM, by the last part of their keys.
+FLOAT32_PARAMETERS = ("A_log", "A_b_log", "D", "D_b")
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The dtype itself if it has the bits of float32, else float32."""
+    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
 
 class SSM(nn.Module):
@@ -54,9 +63,22 @@ class SSM(nn.Module):
             self.add_module(f"conv1d{suffix}", conv)
             self.add_module(f"x_proj{suffix}", operations.Linear(e, rank + 2 * n, bias=False, **options))
             self.add_module(f"dt_proj{suffix}", operations.Linear(rank, e, **options))
-            self.register_parameter(f"A{suffix}_log", nn.Parameter(torch.empty(e, n, **options)))
-            self.register_parameter(f"D{suffix}", nn.Parameter(torch.empty(e, **options)))
+            # At least float32 whatever the other weights are: a rounded A is another decay, at every step again.
+            precise = {"device": device, "dtype": at_least_float32(dtype or torch.get_default_dtype())}
+            self.register_parameter(f"A{suffix}_log", nn.Parameter(torch.empty(e, n, **precise)))
+            self.register_parameter(f"D{suffix}", nn.Parameter(torch.empty(e, **precise)))
         self._read_weights = getattr(operations, "read_weights", read_weights)
+
+    def _apply(self, fn, recurse: bool = True):
+        """As of any module (`.to`, `.half`, `.cuda`, ...), but A and D stay float32 where the others get fewer bits."""
+        names = [name for name in self._parameters if name in FLOAT32_PARAMETERS]
+        before = {name: self._parameters[name].detach() for name in names}
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            parameter = self._parameters[name]
+            if parameter.dtype != at_least_float32(parameter.dtype):
+                parameter.data = value.to(parameter.device, at_least_float32(parameter.dtype))
+        return self
 
     def scan(self, x: Tensor, z: Tensor, order: Tensor | None = None) -> Tensor:
         """x, z (b, l, e) in raster order -> y * silu(z) (b, l, e) in raster order; None reads them as they lie."""

@@ -47,17 +47,11 @@ def conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor | None, order: Tensor | 
     return getattr(torch.ops, NAMESPACE).conv1d_silu(x, weight, bias, order, backend)
 
 
-def _quietly(tensor: Tensor) -> torch.autocast:
-    """Backends keep their own precision, also where backward runs under the caller's autocast."""
-    return torch.autocast(tensor.device.type, enabled=False)
-
-
 def _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_order, output_order, keep, backend):
     check_permutations(input_order, output_order)  # here, for a compiled graph runs this alone
-    with _quietly(u):
-        return BACKENDS[backend].scan_forward(
-            u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_order, output_order, keep
-        )
+    return BACKENDS[backend].scan_forward(
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_order, output_order, keep
+    )
 
 
 def _scan_fake(u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_order, output_order, keep, backend):
@@ -67,8 +61,7 @@ def _scan_fake(u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_order,
 
 def _scan_backward(d_out, *arguments) -> list[Tensor]:
     *arguments, backend = arguments
-    with _quietly(d_out):
-        grads = BACKENDS[backend].scan_backward(d_out, *arguments)
+    grads = BACKENDS[backend].scan_backward(d_out, *arguments)
     return [d_out.new_empty(0) if grad is None else grad for grad in grads]
 
 
@@ -93,8 +86,7 @@ def _scan_autograd(ctx, d_out, _d_states):
 
 def _conv(x, weight, bias, order, backend) -> Tensor:
     check_permutations(order)
-    with _quietly(x):
-        return BACKENDS[backend].conv_forward(x, weight, bias, order)
+    return BACKENDS[backend].conv_forward(x, weight, bias, order)
 
 
 def _conv_fake(x, weight, bias, order, backend) -> Tensor:
@@ -102,8 +94,7 @@ def _conv_fake(x, weight, bias, order, backend) -> Tensor:
 
 
 def _conv_backward(d_out, x, weight, bias, order, backend) -> list[Tensor]:
-    with _quietly(d_out):
-        grads = BACKENDS[backend].conv_backward(d_out, x, weight, bias, order)
+    grads = BACKENDS[backend].conv_backward(d_out, x, weight, bias, order)
     return [d_out.new_empty(0) if grad is None else grad for grad in grads]
 
 

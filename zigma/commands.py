@@ -147,7 +147,7 @@ def doctor_command(options: argparse.Namespace) -> Iterator[str]:
     import torch
 
     from .assets import available_models
-    from .selective_scan import available_backends
+    from .selective_scan import explain_backends
 
     yield f"python {platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores"
     for package in ("torch", "einops", "numpy", "pillow", "safetensors", "torchdiffeq", "tqdm"):
@@ -159,6 +159,7 @@ def doctor_command(options: argparse.Namespace) -> Iterator[str]:
     devices += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
     devices += ["mps"] * torch.backends.mps.is_available()
     yield f"devices: {', '.join(devices)}; {torch.get_num_threads()} threads"
-    yield f"scan backends, fastest first: {', '.join(available_backends())}"
+    yield "scan backends, fastest first:"
+    yield from (f"  {name}: {state}" for name, state in explain_backends().items())
     for name, path in available_models().items():
         yield f"model {name}: {path}"

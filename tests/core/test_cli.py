@@ -199,11 +199,11 @@ def test_scan_order_draws(tmp_path, capsys):
 
 
 def test_doctor_names_versions_and_backends(capsys):
-    from zigma.selective_scan import available_backends
+    from zigma.selective_scan import explain_backends
 
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
-    assert f"torch {torch.__version__}" in out and all(name in out for name in available_backends())
+    assert f"torch {torch.__version__}" in out and all(f"  {name}: {state}" in out for name, state in explain_backends().items())
 
 
 def test_demo_draws_a_sheet_with_the_shipped_model(model_file, tmp_path, capsys, monkeypatch):

@@ -3,7 +3,7 @@
 One operator, several backends behind one signature; `dispatch` picks one by device and says once which and why.
 """
 
-from .dispatch import available_backends
+from .dispatch import available_backends, explain_backends
 from .operator import ordered_conv1d_silu, selective_scan, selective_scan_gathered
 from .stream import Stream, add_norm, gather_rows
 
@@ -11,6 +11,7 @@ __all__ = [
     "Stream",
     "add_norm",
     "available_backends",
+    "explain_backends",
     "gather_rows",
     "ordered_conv1d_silu",
     "selective_scan",

@@ -48,6 +48,15 @@ def available_backends() -> tuple[str, ...]:
     return tuple(name for name, module in BACKENDS.items() if module.unavailable() is None)
 
 
+def explain_backends() -> dict[str, str]:
+    """Every backend by name, fastest first: what exactly would run, or why it cannot and the remedy."""
+    reasons = {name: module.unavailable() for name, module in BACKENDS.items()}
+    return {
+        name: BACKENDS[name].describe() if reason is None else f"cannot run here: {reason}"
+        for name, reason in reasons.items()
+    }
+
+
 def select_backend(name: str | None, *tensors: Tensor | None) -> str:
     """The backend for these inputs. `name`, or else ZIGMA_SCAN_BACKEND, forces one.
 

@@ -21,6 +21,11 @@ def unsupported(*tensors: Tensor | None) -> str | None:
     return None
 
 
+def describe() -> str:
+    """What runs, for a log line."""
+    return "the definition, step by step: slow, for tests"
+
+
 def scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_order, output_order) -> Tensor:
     """Arguments as in `custom_ops.selective_scan`; differentiable by autograd."""
     check_permutations(input_order, output_order)

@@ -205,7 +205,7 @@ def _silu_and_slope(z: Tensor) -> tuple[Tensor, Tensor]:
     """silu(z) = z sigma(z) and its derivative sigma(z) + silu(z) (1 - sigma(z))."""
     sigma = torch.sigmoid(z)
     silu = z * sigma
-    return silu, torch.addcmul(sigma + silu, sigma, silu, value=-1)
+    return silu, torch.addcmul(sigma, silu, 1 - sigma)
 
 
 def _over_states(m: Tensor, s: Tensor) -> Tensor:
@@ -277,7 +277,7 @@ class _Recurrence:
                 d_C[c, item] += _over_channels(s[1:], dy_)
                 d_B[c, item] += _over_channels(g, v_)
                 h = decay.mul_(s[:-1]).mul_(g)  # dL/d(dt_k A) = g_k a_k s_{k-1}
-                torch.sum(torch.mul(h, self.A[:, channel], out=g), 2, out=d_dt[at])
+                d_dt[at] = torch.mul(h, self.A[:, channel], out=g).sum(2)
                 self.d_A[:, channel] += h.mul_(dt_[:, :, None, :]).sum((0, 1))
         return y, d_dt, d_v, d_B, d_C
 

@@ -238,6 +238,15 @@ def test_large_steps_stay_finite(path):
     assert_agree(got, expect(inputs))
 
 
+def test_the_gradient_of_an_open_gate():
+    """silu(z) = z for large z: the slope is one, exactly, and zero on the other side."""
+    inputs = draw(1, 20, 3, 2)
+    for size, slope in ((30.0, 1), (1e5, 1), (1e30, 1), (-200.0, 0)):
+        inputs[6] = torch.full((1, 20, 3), size)
+        y = run([*inputs[:6], None, inputs[7]])["out"]
+        assert_agree({"z": run(inputs)["z"]}, {"z": slope * gradient(y) * y}, 1e-6)
+
+
 @pytest.mark.parametrize("kind", ["none", "both", "gathered"])
 def test_gradcheck(kind):
     """Against finite differences, without the reference: every input, in float64."""

@@ -9,6 +9,10 @@ glibc from 2.17 on; the one for macOS is signed ad hoc, which the system asks of
     python native/build.py --target linux-x86_64    one of them
     python native/build.py --compiler gcc           this machine's with another compiler, for experiments: not
                                                     reproducible, not to be committed
+    python native/build.py --check                  runs native/check.c on this machine's library: every instruction
+                                                    set of this CPU against plain loops
+    python native/build.py --check --target linux-aarch64 --emulator "qemu-aarch64 -L /usr/aarch64-linux-gnu"
+    python native/build.py --check --target windows-x86_64 --emulator wine
 """
 
 from __future__ import annotations
@@ -109,19 +113,41 @@ def build(target: Target, output: Path, compiler: list[str]) -> None:
         output.with_name(output.name + ".sha256").write_text(f"{checksum}  {output.name}\n", newline="\n")
 
 
+def check(target: Target, library: Path, compiler: list[str], emulator: list[str]) -> int:
+    """Builds native/check.c for `target` and runs it on `library`; its exit status, 0 if all is well."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "check.exe"  # the ending matters to Windows alone
+        command = [*compiler, "-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-o", str(program), "check.c"]
+        libraries = ("-lm", "-ldl") if "linux" in target.triple else ()
+        subprocess.run([*command, *libraries], cwd=HERE, check=True)
+        return subprocess.run([*emulator, str(program), str(library.resolve())], check=False).returncode
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", choices=TARGETS, action="append", help="all of them unless given")
     parser.add_argument("--compiler", help="gcc or clang instead of the pinned Zig, for this machine's target")
     parser.add_argument("--output", type=Path, default=FOLDER, help="folder for the libraries")
+    parser.add_argument("--check", action="store_true", help="build nothing; check the library of this machine")
+    parser.add_argument("--emulator", default="", help="what to run the check under, for another machine's --target")
     arguments = parser.parse_args()
-    names = arguments.target or ([host_target()] if arguments.compiler else list(TARGETS))
+    of_this_machine = arguments.compiler or arguments.check
+    names = arguments.target or ([host_target()] if of_this_machine else list(TARGETS))
     for name in names:
         if name not in TARGETS or (arguments.compiler and name != host_target()):
-            raise SystemExit(f"native/build.py: {name} cannot be built here with {arguments.compiler}; leave it out")
+            raise SystemExit(
+                f"native/build.py: there is no building {name} here with {arguments.compiler or 'any compiler'}; "
+                f"name one of {', '.join(TARGETS)} and leave --compiler out"
+            )
         target = TARGETS[name]
         output = arguments.output / target.library
-        build(target, output, [arguments.compiler] if arguments.compiler else zig_compiler(target))
+        compiler = [arguments.compiler] if arguments.compiler else zig_compiler(target)
+        if arguments.check:
+            status = check(target, output, compiler, arguments.emulator.split())
+            if status:
+                raise SystemExit(status)
+            continue
+        build(target, output, compiler)
         sys.stdout.write(f"{output} ({output.stat().st_size} bytes)\n")
 
 

@@ -136,8 +136,8 @@ def scan_segment_states(
         rows = _rows(order, k, k_valid)
         next_rows = _rows(order, k + 1, next_valid)
         u_k = _load(u + batch * batch_u, rows, rows_u, k_valid, d, d_valid)
-        _, dt = _step_sizes(delta + batch * batch_delta, rows, rows_delta, k_valid, d, d_valid, dt_bias, SOFTPLUS)
-        _, next_dt = _step_sizes(
+        _raw, dt = _step_sizes(delta + batch * batch_delta, rows, rows_delta, k_valid, d, d_valid, dt_bias, SOFTPLUS)
+        _raw, next_dt = _step_sizes(
             delta + batch * batch_delta, next_rows, rows_delta, next_valid, d, d_valid, dt_bias, SOFTPLUS
         )
         # Summed from the end: the difference of two sums from the start would be inexact where it matters, near zero.
@@ -207,7 +207,7 @@ def scan_outputs(
         k_valid = k < length
         rows = _rows(order, k, k_valid)
         u_k = _load(u + batch * batch_u, rows, rows_u, k_valid, d, d_valid)
-        _, dt = _step_sizes(delta + batch * batch_delta, rows, rows_delta, k_valid, d, d_valid, dt_bias, SOFTPLUS)
+        _raw, dt = _step_sizes(delta + batch * batch_delta, rows, rows_delta, k_valid, d, d_valid, dt_bias, SOFTPLUS)
         y = D_d[None, :] * u_k
         for j in range(BLOCKS_N):
             n = j * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -222,7 +222,7 @@ def scan_outputs(
                 _store(kept, d, states, d_valid, n, n_valid, state)
             decay = tl.exp2(dt[:, :, None] * a[None, :, :])
             x = _outer(dt * u_k, B_k) + _at(index, 0, decay * state[None, :, :])
-            _, s = tl.associative_scan((decay, x), 0, _compose)
+            _products, s = tl.associative_scan((decay, x), 0, _compose)
             y += tl.sum(s * C_k[:, None, :], 2)
             state = tl.sum(_at(index, CHUNK - 1, s), 0)
         out_rows = _rows(out_order, k, k_valid)
@@ -254,7 +254,7 @@ def scan_segment_gradients(
         k = (last - 1 - step) * CHUNK + tl.arange(0, CHUNK)
         k_valid = k < length
         rows, out_rows = _rows(order, k, k_valid), _rows(out_order, k, k_valid)
-        _, dt = _step_sizes(delta + batch * batch_delta, rows, rows_delta, k_valid, d, d_valid, dt_bias, SOFTPLUS)
+        _raw, dt = _step_sizes(delta + batch * batch_delta, rows, rows_delta, k_valid, d, d_valid, dt_bias, SOFTPLUS)
         dy = _load(d_out + batch * batch_out, out_rows, rows_out, k_valid, d, d_valid)
         if z is not None:
             z_k = _load(z + batch * batch_z, out_rows, rows_z, k_valid, d, d_valid)
@@ -320,7 +320,7 @@ def scan_gradients(
         out_rows = _rows(out_order, k, k_valid)
         u_k = _load(u + batch * batch_u, rows, rows_u, k_valid, d, d_valid)
         raw, dt = _step_sizes(delta + batch * batch_delta, rows, rows_delta, k_valid, d, d_valid, dt_bias, SOFTPLUS)
-        _, next_dt = _step_sizes(
+        _raw, next_dt = _step_sizes(
             delta + batch * batch_delta, next_rows, rows_delta, next_valid, d, d_valid, dt_bias, SOFTPLUS
         )
         d_out_k = _load(d_out + batch * batch_out, out_rows, rows_out, k_valid, d, d_valid)
@@ -341,10 +341,10 @@ def scan_gradients(
                 gradient = _load(ends + place * states, d, states, d_valid, n, n_valid)
             decay = tl.exp2(dt[:, :, None] * (A_n * LOG2_E)[None, :, :])
             x = _outer(dt * u_k, B_k)
-            _, s = tl.associative_scan((decay, x + _at(index, 0, decay * start[None, :, :])), 0, _compose)
+            _products, s = tl.associative_scan((decay, x + _at(index, 0, decay * start[None, :, :])), 0, _compose)
             next_decay = tl.exp2(next_dt[:, :, None] * (A_n * LOG2_E)[None, :, :])
             g = _outer(dy, C_k) + _at(index, CHUNK - 1, tl.broadcast_to(gradient[None, :, :], x.shape))
-            _, g = tl.associative_scan((next_decay, g), 0, _compose, reverse=True)
+            _products, g = tl.associative_scan((next_decay, g), 0, _compose, reverse=True)
             gradient = tl.sum(_at(index, 0, decay * g), 0)
             if z is not None:
                 y += tl.sum(s * C_k[:, None, :], 2)

@@ -11,15 +11,12 @@ Triton is imported when it is first needed.
 from __future__ import annotations
 
 import functools
-import os
 import sys
 import threading
 from types import ModuleType
 
 import torch
 from torch import Tensor
-
-from . import reference
 
 NAME = "triton"
 
@@ -47,7 +44,16 @@ def unavailable() -> str | None:
         return None
     if not torch.cuda.is_available():
         return "torch finds no GPU that Triton compiles for, install a GPU build of torch and its driver"
-    return _device_failure(torch.cuda.current_device())
+    from .triton_self_test import self_test
+
+    index = torch.cuda.current_device()
+    with _lock:
+        if index not in _self_tests:
+            _self_tests[index] = self_test(torch.device("cuda", index))
+    if _self_tests[index] is None:
+        return None
+    name = torch.cuda.get_device_name(index)
+    return f"Triton failed its self-test on {name} ({_self_tests[index]}), update triton and the driver of the GPU"
 
 
 def unsupported(*tensors: Tensor | None) -> str | None:
@@ -89,6 +95,12 @@ def _kernels() -> ModuleType:
     return triton_kernels
 
 
+def _row_kernels() -> ModuleType:
+    from . import triton_row_kernels
+
+    return triton_row_kernels
+
+
 def _interpreted(kernels: ModuleType) -> bool:
     """Whether TRITON_INTERPRET was set when the kernels were defined, which is when Triton looks at it."""
     from triton.runtime.jit import JITFunction
@@ -106,11 +118,12 @@ def _warp_size() -> int:
     return triton.runtime.driver.active.get_current_target().warp_size
 
 
-def _launch(kernel, programs: int, tensors: tuple, sizes: tuple, *, threads: int = 128, **constants) -> None:
+def _launch(kernel, grid: int, tensors: tuple, sizes: tuple, *, threads: int = 128, **constants) -> None:
     """The one place where kernels start: on the device of their tensors, in Triton's order of arguments."""
     device = tensors[0].device
+    options = {"num_warps": max(1, threads // _warp_size()), "enable_fp_fusion": True}
     with torch.cuda.device(device if device.type == "cuda" else -1):
-        kernel[(programs,)](*tensors, *sizes, **constants, num_warps=max(1, threads // _warp_size()))
+        kernel[(grid,)](*tensors, *sizes, **constants, **options)
 
 
 def _block(limit: int, size: int) -> int:
@@ -118,17 +131,17 @@ def _block(limit: int, size: int) -> int:
     return min(limit, 1 << (size - 1).bit_length())
 
 
-def _split(b: int, l: int, d: int, n: int) -> tuple[int, int]:
+def _split(b: int, l: int, d: int, n: int, programs: int) -> tuple[int, int]:
     """(segments, chunks per segment) of the sequence.
 
-    As few segments as give PROGRAMS programs: one, and with it a single pass over memory, when batch and channels
-    alone are that many; at most one per chunk. A state of more than BLOCK_N numbers per channel does not stay in
+    As few segments as give that many programs: one, and with it a single pass over memory, when batch and channels
+    alone suffice; at most one per chunk. A state of more than BLOCK_N numbers per channel does not stay in
     registers from one chunk to the next, and takes a segment per chunk.
     """
     chunks = _ceil(l, CHUNK)
     if n > BLOCK_N:
         return chunks, 1
-    wanted = min(chunks, _ceil(PROGRAMS, b * _ceil(d, _block(BLOCK_D, d))))
+    wanted = min(chunks, _ceil(programs, b * _ceil(d, _block(BLOCK_D, d))))
     per_segment = _ceil(chunks, wanted)
     return _ceil(chunks, per_segment), per_segment
 
@@ -168,11 +181,25 @@ def _carry(A: Tensor, added: Tensor, sum_dt: Tensor, starts: Tensor, *, reverse:
 
 
 def scan_forward(
-    u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_order, output_order, keep
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D,
+    z,
+    delta_bias,
+    delta_softplus,
+    input_order,
+    output_order,
+    keep,
+    *,
+    programs: int = PROGRAMS,
 ) -> tuple[Tensor, Tensor]:
     """The output and, if `keep`, the states that `scan_backward` starts from; else an empty tensor.
 
     The kernels read u, delta, B, C at rows input_order and read z and write the output at rows output_order.
+    programs: how many the sequence is split for, see `_split`.
     """
     (b, l, d), n = u.shape, A.shape[1]
     u, delta, B, C, z = (_dense_rows(t) for t in (u, delta, B, C, z))
@@ -182,24 +209,38 @@ def scan_forward(
     if out.numel() == 0:
         return out, states
     kernels, constants = _kernels(), _constants(d, n, delta_softplus)
-    segments, per_segment = _split(b, l, d, n)
+    segments, per_segment = _split(b, l, d, n, programs)
     sizes = (l, segments, per_segment, d, n)
-    programs = b * segments * _ceil(d, constants["BLOCK_D"])
+    grid = b * segments * _ceil(d, constants["BLOCK_D"])
     starts = None
     if segments > 1:
         added, sum_dt = A.new_empty(b, segments, d, n), A.new_empty(b, segments, d)
         tensors = (u, delta, A, B, delta_bias, input_order, added, sum_dt)
-        _launch(kernels.scan_segment_states, programs, tensors, (*sizes, *_strides(u, delta, B)), **constants)
+        _launch(kernels.scan_segment_states, grid, tensors, (*sizes, *_strides(u, delta, B)), **constants)
         starts = states if keep and per_segment == 1 else torch.empty_like(added)
         _carry(A, added, sum_dt, starts, reverse=False)
     kept = states if keep and starts is not states else None
     tensors = (u, delta, A, B, C, D, z, delta_bias, input_order, output_order, starts, kept, out)
-    _launch(kernels.scan_outputs, programs, tensors, (*sizes, *_strides(u, delta, B, C, z)), **constants)
+    _launch(kernels.scan_outputs, grid, tensors, (*sizes, *_strides(u, delta, B, C, z)), **constants)
     return out, states
 
 
 def scan_backward(
-    d_out, u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_order, output_order, states
+    d_out,
+    u,
+    delta,
+    A,
+    B,
+    C,
+    D,
+    z,
+    delta_bias,
+    delta_softplus,
+    input_order,
+    output_order,
+    states,
+    *,
+    programs: int = PROGRAMS,
 ) -> tuple[Tensor | None, ...]:
     """Gradients for u, delta, A, B, C, D, z, delta_bias, each in its input's dtype; None for absent inputs."""
     (b, l, d), n = u.shape, A.shape[1]
@@ -209,16 +250,16 @@ def scan_backward(
     u, delta, B, C, z, d_out = (_dense_rows(t) for t in (u, delta, B, C, z, d_out))
     A, D, delta_bias, input_order, output_order = _contiguous(A, D, delta_bias, input_order, output_order)
     kernels, constants = _kernels(), _constants(d, n, delta_softplus)
-    segments, per_segment = _split(b, l, d, n)
+    segments, per_segment = _split(b, l, d, n, programs)
     sizes = (l, segments, per_segment, d, n)
     blocks = _ceil(d, constants["BLOCK_D"])
-    programs = b * segments * blocks
+    grid = b * segments * blocks
     ends = None
     if segments > 1:
         added, sum_dt = A.new_empty(b, segments, d, n), A.new_empty(b, segments, d)
         tensors = (d_out, delta, A, C, z, delta_bias, input_order, output_order, added, sum_dt)
         strides = _strides(d_out, delta, C, z)
-        _launch(kernels.scan_segment_gradients, programs, tensors, (*sizes, *strides), **constants)
+        _launch(kernels.scan_segment_gradients, grid, tensors, (*sizes, *strides), **constants)
         ends = torch.empty_like(added)
         _carry(A, added, sum_dt, ends, reverse=True)
     d_u, d_delta = u.new_empty(b, l, d), delta.new_empty(b, l, d)
@@ -228,7 +269,7 @@ def scan_backward(
     tensors = (d_out, u, delta, A, B, C, D, z, delta_bias, input_order, output_order, states, ends)
     tensors += (d_u, d_delta, d_A, d_B, d_C, d_D, d_z, d_bias)
     strides = _strides(d_out, u, delta, B, C, z)
-    _launch(kernels.scan_gradients, programs, tensors, (b, *sizes, *strides), threads=256, **constants)
+    _launch(kernels.scan_gradients, grid, tensors, (b, *sizes, *strides), threads=256, **constants)
     d_B, d_C = d_B.sum(0).to(B.dtype), d_C.sum(0).to(C.dtype)
     d_A, d_D, d_bias = (None if t is None else t.sum((0, 1)) for t in (d_A, d_D, d_bias))
     return d_u, d_delta, d_A, d_B, d_C, d_D, d_z, d_bias
@@ -240,9 +281,9 @@ def conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, order: Tensor |
     weight, bias, order = _contiguous(weight, bias, order)
     out = x.new_empty(x.shape)
     if out.numel():
-        programs, constants = _conv_grid(x, weight)
+        grid, constants = _conv_grid(x, weight)
         sizes = (*x.shape[1:], *_strides(x))
-        _launch(_kernels().conv_outputs, programs, (x, weight, bias, order, out), sizes, **constants)
+        _launch(_row_kernels().conv_outputs, grid, (x, weight, bias, order, out), sizes, **constants)
     return out
 
 
@@ -253,15 +294,15 @@ def conv_backward(d_out, x, weight, bias, order) -> tuple[Tensor, Tensor, Tensor
     d_out, x = _dense_rows(d_out), _dense_rows(x)
     weight, bias, order = _contiguous(weight, bias, order)
     (b, l, d), width = x.shape, weight.shape[1]
-    programs, constants = _conv_grid(x, weight)
+    grid, constants = _conv_grid(x, weight)
     pieces = _ceil(l, constants["BLOCK_T"])
     d_v, d_x = x.new_empty(x.shape, dtype=torch.float32), x.new_empty(x.shape)
     d_weight = weight.new_empty(b, pieces, d, width)
     d_bias = None if bias is None else weight.new_empty(b, pieces, d)
-    kernels = _kernels()
+    kernels = _row_kernels()
     tensors, sizes = (d_out, x, weight, bias, order, d_v, d_weight, d_bias), (l, d, *_strides(d_out, x))
-    _launch(kernels.conv_parameter_gradients, programs, tensors, sizes, **constants)
-    _launch(kernels.conv_input_gradients, programs, (d_v, weight, order, d_x), (l, d), **constants)
+    _launch(kernels.conv_parameter_gradients, grid, tensors, sizes, **constants)
+    _launch(kernels.conv_input_gradients, grid, (d_v, weight, order, d_x), (l, d), **constants)
     return d_x, d_weight.sum((0, 1)), None if d_bias is None else d_bias.sum((0, 1))
 
 
@@ -269,3 +310,42 @@ def _conv_grid(x: Tensor, weight: Tensor) -> tuple[int, dict[str, int]]:
     b, l, d = x.shape
     constants = {"WIDTH": weight.shape[1], "BLOCK_T": _block(CONV_BLOCK_T, l), "BLOCK_D": _block(CONV_BLOCK_D, d)}
     return b * _ceil(l, constants["BLOCK_T"]) * _ceil(d, constants["BLOCK_D"]), constants
+
+
+def rows_forward(
+    base, mix, gate, residual, weight, bias, shift, scale, gather, eps, layer_norm, total, keep_norm
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(x, u, m): x = base + gate mix + residual at rows `gather`, u = norm(x) weight + bias, m = u (1 + scale) + shift.
+
+    Sums and norms are float32 (RMSNorm: arXiv 1910.07467, equation 4; LayerNorm: arXiv 1607.06450; modulation: adaLN
+    of DiT, arXiv 2212.09748, section 3.2). Forward only.
+
+    Args:
+        base: (b, l, d); mix: (b, l, d) or None; residual: (b, l, d) or None.
+        gate, shift, scale: (b, d) or (b, 1, d), or None; shift and scale together.
+        weight, bias: (d,) or None.
+        gather: (l,) int64 row of base, mix and residual for each row of the results, or None.
+        eps: added to the mean square or variance.
+        layer_norm: LayerNorm in place of RMSNorm.
+        total: dtype in which x is wanted; None leaves it out.
+        keep_norm: whether u is wanted.
+
+    Returns:
+        (x or None, u or None, m or None), all (b, l, d); u and m in the dtype of base.
+    """
+    b, l, d = base.shape
+    x = None if total is None else base.new_empty(base.shape, dtype=total)
+    normed = base.new_empty(base.shape) if keep_norm else None
+    modulated = None if scale is None else base.new_empty(base.shape)
+    if base.numel():
+        base, mix, residual = (_dense_rows(t) for t in (base, mix, residual))
+        gate, shift, scale = (None if t is None else _dense_rows(t.reshape(b, d)) for t in (gate, shift, scale))
+        weight, bias, gather = _contiguous(weight, bias, gather)
+        tensors = (base, mix, gate, residual, weight, bias, shift, scale, gather, x, normed, modulated)
+        batches = (0 if t is None else t.stride(0) for t in (gate, shift, scale))
+        sizes = (l, d, float(eps), *_strides(base, mix, residual), *batches)
+        block = 1 << (d - 1).bit_length()
+        threads = min(1024, max(32, block // 8))
+        constants = {"LAYER_NORM": bool(layer_norm), "BLOCK": block}
+        _launch(_row_kernels().rows_outputs, b * l, tensors, sizes, threads=threads, **constants)
+    return x, normed, modulated

@@ -1,4 +1,4 @@
-"""The Triton kernels of the selective scan and the ordered convolution; `triton_backend` launches them.
+"""The Triton kernels of the selective scan; `triton_backend` launches them.
 
 The scan is algorithm 2 of Mamba (Gu and Dao, arXiv 2312.00752) with the work-efficient order of its section 3.3.2:
 states live in registers and never reach memory, except one at the start of every chunk of CHUNK steps, from which
@@ -60,9 +60,8 @@ def _locate(blocks, pieces):
 @triton.jit
 def _rows(order, steps, valid):
     """Rows of the tokens read at these steps."""
-    if order is None:
-        rows = steps.to(tl.int64)
-    else:
+    rows = steps.to(tl.int64)
+    if order is not None:
         rows = tl.load(order + steps, mask=valid, other=0)
     return rows
 
@@ -83,9 +82,8 @@ def _store(base, rows, row_stride, row_valid, columns, column_valid, tile):
 @triton.jit
 def _vector(base, columns, valid):
     """A float32 vector, zero where absent."""
-    if base is None:
-        vector = tl.zeros(columns.shape, tl.float32)
-    else:
+    vector = tl.zeros(columns.shape, tl.float32)
+    if base is not None:
         vector = tl.load(base + columns, mask=valid, other=0.0).to(tl.float32)
     return vector
 
@@ -375,78 +373,3 @@ def scan_gradients(
         tl.store(d_D + place + d, sum_D, mask=d_valid)
     if d_bias is not None:
         tl.store(d_bias + place + d, sum_bias, mask=d_valid)
-
-
-@triton.jit
-def _convolved(
-    x, weight, bias, order, k, length, channels, rows_x, d, d_valid,
-    WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """bias + sum_j weight_j x at step k - (WIDTH - 1) + j, a tile (steps, channels)."""
-    total = tl.zeros([BLOCK_T, BLOCK_D], tl.float32) + _vector(bias, d, d_valid)[None, :]
-    for j in tl.static_range(WIDTH):
-        read = k - (WIDTH - 1) + j
-        valid = (read >= 0) & (read < length)
-        x_j = _load(x, _rows(order, read, valid), rows_x, valid, d, d_valid)
-        total += _vector(weight + j, d * WIDTH, d_valid)[None, :] * x_j
-    return total
-
-
-@triton.jit(do_not_specialize=["length"])
-def conv_outputs(
-    x, weight, bias, order, out, length, channels, batch_x, rows_x,
-    WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """out (b, l, d) in scan order: SiLU of the depthwise causal convolution of x (b, l, d) along order."""
-    block, piece, batch = _locate(tl.cdiv(channels, BLOCK_D), tl.cdiv(length, BLOCK_T))
-    d, k = block * BLOCK_D + tl.arange(0, BLOCK_D), piece * BLOCK_T + tl.arange(0, BLOCK_T)
-    d_valid = d < channels
-    v = _convolved(
-        x + batch * batch_x, weight, bias, order, k, length, channels, rows_x, d, d_valid, WIDTH, BLOCK_T, BLOCK_D
-    )
-    _store(out + batch * length * channels, k.to(tl.int64), channels, k < length, d, d_valid, v * _sigmoid(v))
-
-
-@triton.jit(do_not_specialize=["length"])
-def conv_parameter_gradients(
-    d_out, x, weight, bias, order, d_v, d_weight, d_bias, length, channels, batch_out, rows_out, batch_x, rows_x,
-    WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """d_v (b, l, d) float32, the gradient of what SiLU takes, in scan order; partial sums of it over steps, d_bias
-    (b, pieces, d), and of its product with x, d_weight (b, pieces, d, WIDTH)."""
-    pieces = tl.cdiv(length, BLOCK_T)
-    block, piece, batch = _locate(tl.cdiv(channels, BLOCK_D), pieces)
-    d, k = block * BLOCK_D + tl.arange(0, BLOCK_D), piece * BLOCK_T + tl.arange(0, BLOCK_T)
-    d_valid, k_valid = d < channels, k < length
-    x += batch * batch_x
-    v = _convolved(x, weight, bias, order, k, length, channels, rows_x, d, d_valid, WIDTH, BLOCK_T, BLOCK_D)
-    gate = _sigmoid(v)
-    steps = k.to(tl.int64)
-    d_v_k = _load(d_out + batch * batch_out, steps, rows_out, k_valid, d, d_valid) * gate * (1 + v * (1 - gate))
-    _store(d_v + batch * length * channels, steps, channels, k_valid, d, d_valid, d_v_k)
-    place = (batch * pieces + piece) * channels
-    if d_bias is not None:
-        tl.store(d_bias + place + d, tl.sum(d_v_k, 0), mask=d_valid)
-    for j in tl.static_range(WIDTH):
-        read = k - (WIDTH - 1) + j
-        valid = (read >= 0) & (read < length)
-        x_j = _load(x, _rows(order, read, valid), rows_x, valid, d, d_valid)
-        tl.store(d_weight + (place + d) * WIDTH + j, tl.sum(d_v_k * x_j, 0), mask=d_valid)
-
-
-@triton.jit(do_not_specialize=["length"])
-def conv_input_gradients(
-    d_v, weight, order, d_x, length, channels,
-    WIDTH: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """d_x (b, l, d) in raster order: d_x[order[k]] = sum_j weight_j d_v[k + (WIDTH - 1) - j]."""
-    block, piece, batch = _locate(tl.cdiv(channels, BLOCK_D), tl.cdiv(length, BLOCK_T))
-    d, k = block * BLOCK_D + tl.arange(0, BLOCK_D), piece * BLOCK_T + tl.arange(0, BLOCK_T)
-    d_valid = d < channels
-    total = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-    for j in tl.static_range(WIDTH):
-        read = k + (WIDTH - 1) - j
-        d_v_j = _load(d_v + batch * length * channels, read.to(tl.int64), channels, read < length, d, d_valid)
-        total += _vector(weight + j, d * WIDTH, d_valid)[None, :] * d_v_j
-    k_valid = k < length
-    _store(d_x + batch * length * channels, _rows(order, k, k_valid), channels, k_valid, d, d_valid, total)

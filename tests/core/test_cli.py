@@ -203,7 +203,8 @@ def test_doctor_names_versions_and_backends(capsys):
 
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
-    assert f"torch {torch.__version__}" in out and all(f"  {name}: {state}" in out for name, state in explain_backends().items())
+    assert f"torch {torch.__version__}" in out
+    assert all(f"  {name}: {state}" in out for name, state in explain_backends().items())
 
 
 def test_demo_draws_a_sheet_with_the_shipped_model(model_file, tmp_path, capsys, monkeypatch):

@@ -349,3 +349,83 @@ def test_available_backends_are_those_that_run():
     inputs = draw_inputs(1, 4, 4, 2)
     for a, b in itertools.pairwise(selective_scan(**inputs, backend=name) for name in names):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 17, 64])
+def test_any_number_of_states(backend, n):
+    inputs = draw_inputs(1, 20, 19, n)
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(n))
+    want = run(selective_scan, inputs, backend="reference", order=order)
+    assert_agree(run(selective_scan, inputs, backend=backend, order=order), want, inputs, rtol=1e-5)
+
+
+def test_expanded_inputs(backend):
+    """Strides of 0, as broadcasting leaves them: one sample for the batch, one step for all, one channel for all."""
+    inputs = draw_inputs(1, 1, 24, 16)
+    for name in ("u", "delta", "B", "C", "z"):
+        inputs[name] = inputs[name].expand(3, 9, -1)
+    inputs["D"] = torch.ones(1).expand(24)
+    dense = {name: t.contiguous() for name, t in inputs.items()}
+    assert_agree(run(selective_scan, inputs, backend=backend), run(selective_scan, dense, backend=backend), inputs)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", ["u", "delta", "B", "C", "z"])
+def test_what_is_not_finite_stays_in_its_batch_item(backend, name, bad):
+    inputs = draw_inputs(3, 20, 20, 16)
+    clean = run(selective_scan, inputs, backend=backend)
+    inputs[name][1, 7, 5] = bad
+    dirty = run(selective_scan, inputs, backend=backend)
+    for key in ("out", "u", "delta", "B", "C", "z"):
+        assert torch.equal(dirty[key][[0, 2]], clean[key][[0, 2]]), key
+    vanishes = bad < 0 and name in ("delta", "z")  # softplus(-inf) = silu(-inf) = 0
+    assert vanishes or not dirty["out"][1].isfinite().all()
+
+
+def test_the_same_result_twice(backend):
+    inputs = draw_inputs(2, 70, 90, 16)
+    first, second = (run(selective_scan, inputs, backend=backend) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+class TestChoice:
+    """Which backend a device gets, also devices that are not here: decided from devices, dtypes and reasons alone."""
+
+    FLOAT, HALF = (torch.float32,), (torch.float16, torch.bfloat16)
+
+    @pytest.fixture(autouse=True)
+    def machine(self, monkeypatch, fresh_choices):
+        self.reasons = dict.fromkeys(("mamba-ssm", "triton", "native"))
+        for name in self.reasons:
+            module = dispatch.BACKENDS[name]
+            monkeypatch.setattr(module, "unavailable", lambda name=name: self.reasons[name])
+            monkeypatch.setattr(module, "describe", lambda: "as on that machine")
+
+    def choose(self, device, dtypes=FLOAT):
+        return dispatch._select(None, *((torch.device(device), dtype) for dtype in dtypes))
+
+    def test_cuda_takes_mamba_ssm_then_triton_then_torch(self, caplog):
+        caplog.set_level(logging.INFO, logger="zigma.selective_scan")
+        assert self.choose("cuda:0") == "mamba-ssm"
+        dispatch.forget_choices()
+        self.reasons["mamba-ssm"] = "mamba-ssm is not installed; pip install it"
+        assert self.choose("cuda:0") == "triton"
+        assert "mamba-ssm is not installed" in caplog.records[-1].getMessage()
+        assert caplog.records[-1].levelno == logging.INFO
+        dispatch.forget_choices()
+        self.reasons["triton"] = "triton is not installed; pip install it"
+        assert self.choose("cuda:0") == "torch"
+        assert caplog.records[-1].levelno == logging.WARNING and "pip install it" in caplog.records[-1].getMessage()
+        assert "several times faster" in caplog.records[-1].getMessage()
+
+    def test_cpus_take_native_and_others_torch(self):
+        assert self.choose("cpu") == "native"
+        assert self.choose("cpu", (torch.float32, torch.bfloat16)) == "native"
+        assert self.choose("cpu", (torch.float64,)) == "torch"
+        assert self.choose("mps") == self.choose("xpu") == "torch"
+
+    def test_what_is_forced_and_cannot_run_is_an_error_with_the_remedy(self, monkeypatch):
+        self.reasons["triton"] = "triton is not installed; pip install it"
+        monkeypatch.setenv("ZIGMA_SCAN_BACKEND", "triton")
+        with pytest.raises(RuntimeError, match=r"'triton' \(set by ZIGMA_SCAN_BACKEND\) cannot run: .* pip install it"):
+            self.choose("cuda:0")

@@ -143,7 +143,7 @@ def _walk_with_past(x: Tensor, order: Tensor | None, first: int, last: int, weig
     """Steps first to last (b, steps, d) with the k - 1 before them, zeros where there are none."""
     past = weight.shape[1] - 1
     walk = _walk(x, order, slice(max(first - past, 0), last), weight.dtype).transpose(0, 1)
-    return F.pad(walk, (0, 0, max(past - first, 0), 0))
+    return walk if first >= past else F.pad(walk, (0, 0, past - first, 0))
 
 
 def _convolved(walk: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -180,8 +180,18 @@ def _segments(x: Tensor, longest: int = SEGMENT) -> list[slice]:
 
 def _walk(t: Tensor, order: Tensor | None, segment: slice, dtype: torch.dtype) -> Tensor:
     """Steps `segment` of t (b, l, w) in the order of the walk, as (steps, b, w)."""
-    rows = t[:, segment] if order is None else t.index_select(1, order[segment])
+    rows = t[:, segment] if order is None else _gathered(t, order[segment])
     return rows.to(dtype).transpose(0, 1)
+
+
+def _gathered(t: Tensor, rows: Tensor) -> Tensor:
+    """t[:, rows]. On the CPU index_select is several times faster, if it sees one dimension of rows: it would first
+    copy all of another tensor that is not contiguous, such as half of a projection."""
+    b, l = t.shape[:2]
+    if not _on_cpu(t) or b == 0 or (b > 1 and t.stride(0) != l * t.stride(1)):
+        return t[:, rows]
+    of_all = rows if b == 1 else (torch.arange(0, b * l, l)[:, None] + rows).flatten()
+    return t.flatten(0, 1).index_select(0, of_all).unflatten(0, (b, len(rows)))
 
 
 def _store(t: Tensor, order: Tensor | None, segment: slice, steps: Tensor) -> None:

@@ -35,12 +35,9 @@ _self_tests: dict[int, str | None] = {}
 
 def unavailable() -> str | None:
     """Why Triton kernels cannot run on this machine, with the remedy, or None."""
-    try:
-        kernels = _kernels()
-    except ImportError as error:
-        package = "triton-windows" if sys.platform == "win32" else "triton"
-        return f"Triton cannot be imported ({error}), install it with `pip install {package}`"
-    if _interpreted(kernels):
+    if (failure := _import_failure()) is not None:
+        return failure
+    if _interpreted(_kernels()):
         return None
     if not torch.cuda.is_available():
         return "torch finds no GPU that Triton compiles for, install a GPU build of torch and its driver"
@@ -87,6 +84,16 @@ def states_shape(b: int, l: int, d: int, n: int) -> tuple[int, ...]:
 
 def _ceil(a: int, b: int) -> int:
     return -(-a // b)
+
+
+@functools.cache  # this is asked at every call of the operator
+def _import_failure() -> str | None:
+    try:
+        _kernels()
+    except Exception as error:  # a broken installation raises all kinds
+        package = "triton-windows" if sys.platform == "win32" else "triton"
+        return f"Triton cannot be imported ({error}), install it with `pip install {package}`"
+    return None
 
 
 def _kernels() -> ModuleType:

@@ -35,6 +35,20 @@ def _compose(a1, x1, a2, x2):
 
 
 @triton.jit
+def _compose_both(a1, x1, _a1, _x1, a2, x2, before_a2, before_x2):
+    """`_compose`, and the same map without its last step: (before_a, before_x) is (1, 0) for a single step."""
+    return a1 * a2, a2 * x1 + x2, a1 * before_a2, before_a2 * x1 + before_x2
+
+
+@triton.jit
+def _scan_both(decay, x, reverse: tl.constexpr):
+    """The state after and before each step of a tile that starts from zero; in reverse, from its end."""
+    one, zero = tl.full(x.shape, 1.0, tl.float32), tl.zeros_like(x)
+    _a, after, _before_a, before = tl.associative_scan((decay, x, one, zero), 0, _compose_both, reverse=reverse)
+    return after, before
+
+
+@triton.jit
 def _softplus(x):
     """log(1 + exp(x)); log1p(e) = 2 artanh(e / (2 + e)) as a series, exact to float32 for every e in [0, 1]."""
     e = tl.exp2(-tl.abs(x) * LOG2_E)
@@ -213,14 +227,16 @@ def scan_outputs(
             a = _load(A, d, states, d_valid, n, n_valid) * LOG2_E
             B_k = _load(B + batch * batch_B, rows, rows_B, k_valid, n, n_valid)
             C_k = _load(C + batch * batch_C, rows, rows_C, k_valid, n, n_valid)
-            if starts is not None and BLOCKS_N > 1:
-                state = _load(starts + start, d, states, d_valid, n, n_valid)
+            if BLOCKS_N > 1:  # one chunk per segment; what the variable holds is of the block before
+                state = tl.zeros_like(state)
+                if starts is not None:
+                    state = _load(starts + start, d, states, d_valid, n, n_valid)
             if kept_states is not None:
                 kept = kept_states + (batch * chunks + chunk) * channels * states
                 _store(kept, d, states, d_valid, n, n_valid, state)
             decay = tl.exp2(dt[:, :, None] * a[None, :, :])
             x = _outer(dt * u_k, B_k) + _at(index, 0, decay * state[None, :, :])
-            _products, s = tl.associative_scan((decay, x), 0, _compose)
+            _product, s = tl.associative_scan((decay, x), 0, _compose)
             y += tl.sum(s * C_k[:, None, :], 2)
             state = tl.sum(_at(index, CHUNK - 1, s), 0)
         out_rows = _rows(out_order, k, k_valid)
@@ -285,7 +301,8 @@ def scan_gradients(
     batch_B, rows_B, batch_C, rows_C, batch_z, rows_z,
     SOFTPLUS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS_N: tl.constexpr,
 ):  # fmt: skip
-    """Pass 3 of backward. With g_k = dy_k C_k + a_{k+1} g_{k+1}, the gradient of s_k, and h_k = a_k s_{k-1}::
+    """Pass 3 of backward. With g_k = dy_k C_k + a_{k+1} g_{k+1}, the gradient of s_k, and h_k = a_k s_{k-1} (not s_k - x_k,
+    which is inexact where decay is fast)::
 
         d_dt_k = sum_n g_k (A h_k + B_k u_k),  d_u_k = dt_k sum_n g_k B_k + D dy_k,  d_A = sum_k g_k h_k dt_k,
         d_B_k = sum_d g_k dt_k u_k,  d_C_k = sum_d s_k dy_k
@@ -313,14 +330,9 @@ def scan_gradients(
         chunk = last - 1 - step
         k = chunk * CHUNK + index
         k_valid = k < length
-        next_valid = (index + 1 < CHUNK) & (k + 1 < length)
-        rows, next_rows = _rows(order, k, k_valid), _rows(order, k + 1, next_valid)
-        out_rows = _rows(out_order, k, k_valid)
+        rows, out_rows = _rows(order, k, k_valid), _rows(out_order, k, k_valid)
         u_k = _load(u + batch * batch_u, rows, rows_u, k_valid, d, d_valid)
         raw, dt = _step_sizes(delta + batch * batch_delta, rows, rows_delta, k_valid, d, d_valid, dt_bias, SOFTPLUS)
-        _raw, next_dt = _step_sizes(
-            delta + batch * batch_delta, next_rows, rows_delta, next_valid, d, d_valid, dt_bias, SOFTPLUS
-        )
         d_out_k = _load(d_out + batch * batch_out, out_rows, rows_out, k_valid, d, d_valid)
         dy = d_out_k
         if z is not None:
@@ -335,18 +347,22 @@ def scan_gradients(
             B_k = _load(B + batch * batch_B, rows, rows_B, k_valid, n, n_valid)
             C_k = _load(C + batch * batch_C, rows, rows_C, k_valid, n, n_valid)
             start = _load(kept_states + (batch * chunks + chunk) * channels * states, d, states, d_valid, n, n_valid)
-            if ends is not None and BLOCKS_N > 1:
-                gradient = _load(ends + place * states, d, states, d_valid, n, n_valid)
+            if BLOCKS_N > 1:
+                gradient = tl.zeros_like(gradient)
+                if ends is not None:
+                    gradient = _load(ends + place * states, d, states, d_valid, n, n_valid)
             decay = tl.exp2(dt[:, :, None] * (A_n * LOG2_E)[None, :, :])
             x = _outer(dt * u_k, B_k)
-            _products, s = tl.associative_scan((decay, x + _at(index, 0, decay * start[None, :, :])), 0, _compose)
-            next_decay = tl.exp2(next_dt[:, :, None] * (A_n * LOG2_E)[None, :, :])
+            before = _at(index, 0, tl.broadcast_to(start[None, :, :], x.shape))
+            s, previous = _scan_both(decay, x + decay * before, False)
+            h = decay * (previous + before)
             g = _outer(dy, C_k) + _at(index, CHUNK - 1, tl.broadcast_to(gradient[None, :, :], x.shape))
-            _products, g = tl.associative_scan((next_decay, g), 0, _compose, reverse=True)
-            gradient = tl.sum(_at(index, 0, decay * g), 0)
+            passed, following = _scan_both(decay, decay * g, True)
+            g += following
+            gradient = tl.sum(_at(index, 0, passed), 0)
             if z is not None:
                 y += tl.sum(s * C_k[:, None, :], 2)
-            gh = g * (s - x)
+            gh = g * h
             d_dt += tl.sum(gh * A_n[None, :, :], 2)
             d_x += tl.sum(g * B_k[:, None, :], 2)
             chunk_A = tl.sum(gh * dt[:, :, None], 0)

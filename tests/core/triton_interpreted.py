@@ -15,6 +15,7 @@ from zigma.selective_scan import triton_backend as backend
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 ONE_PASS, SPLIT = 1, backend.PROGRAMS
+CHUNK, backend.CHUNK = backend.CHUNK, 4  # in this process alone: several chunks to a problem of a few steps
 
 
 def draw(*shape, seed=0, dtype=torch.float32):
@@ -77,8 +78,13 @@ def check(inputs, delta_softplus=True, input_order=None, output_order=None, prog
 
 @pytest.mark.parametrize("programs, split", [(ONE_PASS, (1, 3)), (2, (2, 2)), (SPLIT, (3, 1))])
 def test_one_pass_and_split_compute_the_reference(programs, split):
-    assert backend._split(1, 35, 2, 3, programs) == split
-    check(draw_inputs(1, 35, 2, 3), True, draw_order(35), draw_order(35), programs)
+    assert backend._split(1, 10, 2, 3, programs) == split
+    check(draw_inputs(1, 10, 2, 3), True, draw_order(10), draw_order(10), programs)
+
+
+def test_chunks_of_the_real_size(monkeypatch):
+    monkeypatch.setattr(backend, "CHUNK", CHUNK)
+    check(draw_inputs(1, CHUNK + 3, 3, 2), True, draw_order(CHUNK + 3), draw_order(CHUNK + 3))
 
 
 @pytest.mark.parametrize("programs", [ONE_PASS, SPLIT])
@@ -94,59 +100,59 @@ def test_one_pass_and_split_compute_the_reference(programs, split):
     ],
 )
 def test_any_input_may_be_absent(programs, without, delta_softplus, orders):
-    inputs = draw_inputs(2, 18, 2, 2, without=without)
+    inputs = draw_inputs(2, 6, 2, 2, without=without)
     if not delta_softplus:
         inputs["delta"] = inputs["delta"].abs() * 0.1
         if inputs["delta_bias"] is not None:
             inputs["delta_bias"] = inputs["delta_bias"].abs() * 0.1
-    order = draw_order(18)
+    order = draw_order(6)
     input_order, output_order = {"none": (None, None), "gathered": (None, order), "both": (order, order)}[orders]
     check(inputs, delta_softplus, input_order, output_order, programs)
 
 
 def test_input_and_output_orders_are_independent():
-    check(draw_inputs(1, 20, 2, 2), True, draw_order(20, seed=1), draw_order(20, seed=2))
+    check(draw_inputs(1, 6, 2, 2), True, draw_order(6, seed=1), draw_order(6, seed=2))
 
 
-SHAPES = st.tuples(st.integers(1, 2), st.integers(1, 34), st.integers(1, 5), st.integers(1, 5))
+SHAPES = st.tuples(st.integers(1, 2), st.integers(1, 13), st.integers(1, 5), st.integers(1, 5))
 
 
-@settings(max_examples=5, deadline=None, database=None, derandomize=True)
+@settings(max_examples=8, deadline=None, database=None, derandomize=True)
 @given(shape=SHAPES, programs=st.sampled_from([ONE_PASS, 2, SPLIT]))
 def test_any_shape(shape, programs):
     check(draw_inputs(*shape), True, draw_order(shape[1]), draw_order(shape[1]), programs)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 2, 18, 1), (1, 17, 1, 16), (1, 17, 1, 17), (1, 3, 1, 256)])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 2, 18, 1), (1, 4, 1, 16), (1, 5, 1, 17), (1, 3, 1, 256)])
 def test_blocks_at_their_edges(shape):
     check(draw_inputs(*shape))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_differs_from_the_reference_by_one_rounding(dtype):
-    check(draw_inputs(1, 19, 3, 2, dtype), True, draw_order(19), draw_order(19))
+    check(draw_inputs(1, 10, 3, 2, dtype), True, draw_order(10), draw_order(10))
 
 
 def test_each_tensor_may_have_its_own_dtype():
-    inputs = draw_inputs(1, 18, 2, 2)
+    inputs = draw_inputs(1, 5, 2, 2)
     for names in (("u", "B"), ("delta", "C"), ("z",)):
         check({name: t.bfloat16() if name in names else t for name, t in inputs.items()})
 
 
 def test_strides_are_followed():
     """Halves of a wider projection, expanded batches, channels that are not contiguous."""
-    inputs = draw_inputs(2, 18, 3, 2)
-    wide = draw(2, 18, 6, seed=5)
+    inputs = draw_inputs(2, 6, 3, 2)
+    wide = draw(2, 6, 6, seed=5)
     inputs["u"], inputs["z"] = wide.chunk(2, dim=-1)
-    inputs["delta"] = draw(1, 18, 3).expand(2, 18, 3)
-    inputs["B"] = draw(2, 2, 18).transpose(1, 2)
+    inputs["delta"] = draw(1, 6, 3).expand(2, 6, 3)
+    inputs["B"] = draw(2, 2, 6).transpose(1, 2)
     inputs["A"] = -draw(2, 3).exp().T
-    check(inputs, True, draw_order(18), draw_order(18))
+    check(inputs, True, draw_order(6), draw_order(6))
 
 
 @pytest.mark.parametrize("programs", [ONE_PASS, SPLIT])
 def test_without_keep_only_the_output_is_computed(programs):
-    inputs = draw_inputs(1, 34, 2, 2)
+    inputs = draw_inputs(1, 10, 2, 2)
     out, states = backend.scan_forward(*inputs.values(), True, None, None, False, programs=programs)
     assert states.shape == (0,)
     kept, _ = backend.scan_forward(*inputs.values(), True, None, None, True, programs=programs)
@@ -169,26 +175,26 @@ def test_empty_tensors(b, l, d, n):
 
 @pytest.mark.parametrize("programs", [ONE_PASS, SPLIT])
 def test_the_same_inputs_give_the_same_bits(programs):
-    inputs, d_out = draw_inputs(2, 18, 3, 2), draw(2, 18, 3)
+    inputs, d_out = draw_inputs(2, 6, 3, 2), draw(2, 6, 3)
     first, second = (computed(inputs, True, None, None, d_out, programs) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("programs", [ONE_PASS, SPLIT])
 def test_nan_stays_in_its_batch_item_and_after_its_step(programs):
-    inputs, d_out = draw_inputs(2, 34, 2, 2), draw(2, 34, 2)
+    inputs, d_out = draw_inputs(2, 10, 2, 2), draw(2, 10, 2)
     clean = computed(inputs, True, None, None, d_out, programs)
-    inputs["u"][1, 20] = torch.nan
+    inputs["u"][1, 6] = torch.nan
     got = computed(inputs, True, None, None, d_out, programs)
-    assert got["out"][1, 20:].isnan().all()
-    assert torch.equal(got["out"][1, :20], clean["out"][1, :20])
+    assert got["out"][1, 6:].isnan().all()
+    assert torch.equal(got["out"][1, :6], clean["out"][1, :6])
     assert all(torch.equal(got[name][0], clean[name][0]) for name in ("out", "u", "delta", "B", "C", "z"))
 
 
 @pytest.mark.parametrize("shift", [-14.0, 25.0])
 def test_tiny_and_huge_steps_keep_their_precision(shift):
     """1 + exp(-14) has three digits of exp(-14); exp(25 A) is zero."""
-    inputs = draw_inputs(1, 18, 2, 2)
+    inputs = draw_inputs(1, 10, 2, 2)
     inputs["delta"] += shift
     check(inputs)
 
@@ -245,7 +251,7 @@ def test_rows_are_added_normed_and_modulated(dtype, layer_norm, parts):
 
 
 def test_the_self_test_finds_what_goes_wrong(monkeypatch):
-    small = {"b": 1, "l": 18, "d": 2, "n": 2}
+    small = {"b": 1, "l": 6, "d": 2, "n": 2}
     cpu = torch.device("cpu")
     assert triton_self_test.self_test(cpu, **small) is None
     with monkeypatch.context() as patch:

@@ -301,8 +301,8 @@ def scan_gradients(
     batch_B, rows_B, batch_C, rows_C, batch_z, rows_z,
     SOFTPLUS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCKS_N: tl.constexpr,
 ):  # fmt: skip
-    """Pass 3 of backward. With g_k = dy_k C_k + a_{k+1} g_{k+1}, the gradient of s_k, and h_k = a_k s_{k-1} (not s_k - x_k,
-    which is inexact where decay is fast)::
+    """Pass 3 of backward. With g_k = dy_k C_k + a_{k+1} g_{k+1}, the gradient of s_k, and h_k = a_k s_{k-1} (computed
+    so, since s_k - x_k is inexact where decay is fast)::
 
         d_dt_k = sum_n g_k (A h_k + B_k u_k),  d_u_k = dt_k sum_n g_k B_k + D dy_k,  d_A = sum_k g_k h_k dt_k,
         d_B_k = sum_d g_k dt_k u_k,  d_C_k = sum_d s_k dy_k

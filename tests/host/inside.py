@@ -36,8 +36,9 @@ def load_pack() -> SimpleNamespace:
     """The pack as the host loads it: by path, under a name of the host's making."""
     if not asyncio.run(stock.load_custom_node(str(BASE / "custom_nodes" / "ZigMa"), module_parent="custom_nodes")):
         raise RuntimeError("the host could not load the pack")
-    entries = [m for m in list(sys.modules.values()) if hasattr(m, "comfy_entrypoint")]
-    entry = next(m for m in entries if "ZigMa" in str(m.__file__))
+    # By their own attributes: a lazy module answers to any name.
+    modules = [m for m in list(sys.modules.values()) if "comfy_entrypoint" in vars(m)]
+    entry = next(m for m in modules if "ZigMa" in str(m.__file__))
 
     def part(name: str):
         return importlib.import_module(f"{entry.__name__}.{name}")

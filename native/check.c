@@ -94,13 +94,14 @@ static int denormals_work(void) {
 
 typedef struct {
     int64_t b, l, d, n;
-    int in_order, out_order, softplus, optional; /* optional: D, z and delta_bias are there */
+    int in_order, out_order, optional; /* optional: D, z and delta_bias are there */
+    double step;                       /* 0: softplus; else delta is about this */
     int dtype, mixed;                            /* mixed: u, B and z in the other type */
 } scan_case;
 
 static void check_scan(const char *set, const scan_case *c) {
     const int other = c->mixed ? !c->dtype : c->dtype;
-    scan_problem p = draw_scan(c->b, c->l, c->d, c->n, c->optional, c->softplus, c->dtype, other);
+    scan_problem p = draw_scan(c->b, c->l, c->d, c->n, c->optional, c->step, c->dtype, other);
     int64_t *order = permutation(c->l);
     p.input_order = c->in_order ? order : NULL;
     p.output_order = c->out_order ? order : NULL;
@@ -177,10 +178,16 @@ static void check_exp2(const char *set) {
     expect(y[4] <= 0x1p-126f && y[5] <= 0x1p-126f && y[4] >= 0 && y[5] >= 0, "exp2 goes down to nothing");
     expect(y[6] >= 0x1p127f && y[7] >= 0x1p127f, "exp2 goes up");
     expect(isnan(y[8]), "exp2 of a NaN");
+    for (int i = 0; i < 22; i++) { /* whatever its payload */
+        const uint32_t bits = 0x7fc00000u | 1u << i | (uint32_t)(i & 1) << 31;
+        memcpy(&x[i], &bits, sizeof bits);
+    }
+    zs.exp2(set, x, y, 22);
+    for (int i = 0; i < 22; i++) expect(isnan(y[i]), "exp2 of a NaN with a payload");
 }
 
 static void check_refusals(const char *set) {
-    scan_problem p = draw_scan(1, 8, 4, 2, 1, 1, ZS_F32, ZS_F32);
+    scan_problem p = draw_scan(1, 8, 4, 2, 1, 0, ZS_F32, ZS_F32);
     const int64_t bad[][8] = {{0, 1, 2, 3, 4, 5, 6, 8}, {0, 1, 2, 3, 4, 5, 6, 6}, {-1, 1, 2, 3, 4, 5, 6, 7}};
     for (int i = 0; i < 3; i++) {
         scan_gradients g = blank_gradients(&p);
@@ -192,8 +199,9 @@ static void check_refusals(const char *set) {
 
 /* A NaN in one batch entry must not leave it. */
 static void check_nan(const char *set) {
-    scan_problem p = draw_scan(2, 20, 9, 5, 1, 1, ZS_F32, ZS_F32);
-    ((float *)p.delta.data)[3 * p.delta.stride + 2] = NAN;
+    scan_problem p = draw_scan(2, 20, 9, 5, 1, 0, ZS_F32, ZS_F32);
+    const uint32_t bits = 0x7fc00001u; /* with a payload, which integer arithmetic could turn into a number */
+    memcpy((float *)p.delta.data + 3 * p.delta.stride + 2, &bits, sizeof bits);
     scan_gradients g = blank_gradients(&p);
     zs_scan_args a = scan_arguments(&p, &g);
     expect(zs.scan_forward(set, &a) == ZS_OK, "scan forward with a NaN");
@@ -210,11 +218,12 @@ static void check_nan(const char *set) {
 
 static void check_instruction_set(const char *set) {
     static const scan_case cases[] = {
-        {1, 1, 1, 1, 0, 0, 1, 1, ZS_F32, 0},    {2, 35, 21, 16, 1, 1, 1, 1, ZS_F32, 0},
-        {2, 33, 131, 16, 0, 1, 1, 1, ZS_F32, 0}, {1, 17, 40, 7, 1, 0, 0, 0, ZS_F32, 0},
-        {3, 16, 300, 19, 1, 1, 1, 1, ZS_F32, 0}, {2, 35, 37, 16, 1, 1, 1, 1, ZS_BF16, 0},
-        {1, 20, 20, 16, 0, 1, 1, 1, ZS_F32, 1},  {1, 20, 20, 3, 1, 1, 0, 1, ZS_BF16, 1},
-        {1, 2000, 5, 8, 1, 1, 1, 1, ZS_F32, 0},  {4, 256, 192, 16, 1, 1, 1, 1, ZS_F32, 0},
+        {1, 1, 1, 1, 0, 0, 1, 0, ZS_F32, 0},    {2, 35, 21, 16, 1, 1, 1, 0, ZS_F32, 0},
+        {2, 33, 131, 16, 0, 1, 1, 0, ZS_F32, 0}, {1, 17, 40, 7, 1, 0, 0, 0.1, ZS_F32, 0},
+        {3, 16, 300, 19, 1, 1, 1, 0, ZS_F32, 0}, {2, 35, 37, 16, 1, 1, 1, 0, ZS_BF16, 0},
+        {1, 20, 20, 16, 0, 1, 1, 0, ZS_F32, 1},  {1, 20, 20, 3, 1, 1, 0, 0.1, ZS_BF16, 1},
+        {1, 2000, 5, 8, 1, 1, 1, 0, ZS_F32, 0},  {4, 256, 192, 16, 1, 1, 1, 0, ZS_F32, 0},
+        {2, 40, 21, 16, 1, 1, 1, 30, ZS_F32, 0}, /* decays of nothing */
     };
     printf("%s\n", set);
     tensors_seen = 0;

@@ -132,22 +132,21 @@ typedef struct {
     tensor out, of[GRADIENTS];
 } scan_gradients;
 
-static scan_problem draw_scan(int64_t b, int64_t l, int64_t d, int64_t n, int optional, int softplus_delta, int dtype,
+/* step: 0 for softplus; else delta is uniform between `step` and twice that, with a bias of 0. */
+static scan_problem draw_scan(int64_t b, int64_t l, int64_t d, int64_t n, int optional, double step, int dtype,
                               int other) {
-    scan_problem p = {.b = b, .l = l, .d = d, .n = n, .softplus = softplus_delta};
+    scan_problem p = {.b = b, .l = l, .d = d, .n = n, .softplus = step == 0};
     p.u = draw(b, l, d, other, 3, 1);
-    p.delta = draw(b, l, d, dtype, 0, softplus_delta ? 1 : 0);
-    if (!softplus_delta) { /* steps have to be positive then */
-        p.delta = draw(b, l, d, ZS_F32, 0, 1);
-        for (int64_t i = 0; i < b * l * d; i++) ((float *)p.delta.data)[i] = (float)(0.1 + 0.1 * uniform());
-    }
+    p.delta = draw(b, l, d, step == 0 ? dtype : ZS_F32, 0, 1);
+    if (step > 0)
+        for (int64_t i = 0; i < b * l * d; i++) ((float *)p.delta.data)[i] = (float)(step * (1 + uniform()));
     p.A = draw(1, d, n, ZS_F32, 0, 1);
     for (int64_t i = 0; i < d * n; i++) ((float *)p.A.data)[i] = -expf(((float *)p.A.data)[i]);
     p.B = draw(b, l, n, other, 7, 1);
     p.C = draw(b, l, n, dtype, 0, 1);
     p.D = optional ? draw(1, 1, d, ZS_F32, 0, 1) : absent();
     p.z = optional ? draw(b, l, d, other, 1, 1) : absent();
-    p.bias = optional ? draw(1, 1, d, ZS_F32, 0, softplus_delta ? 1 : 0) : absent();
+    p.bias = optional ? draw(1, 1, d, ZS_F32, 0, p.softplus) : absent();
     p.d_out = draw(b, l, d, dtype, 0, 1);
     return p;
 }

@@ -14,6 +14,7 @@ typedef struct {
     int64_t units, chunks;          /* units per batch entry; chunks of the sequence */
     int64_t padded, states;         /* channels and states rounded up to whole vectors and blocks */
     float *A_packed;                /* [padded / lanes][states][lanes], times log2(e) */
+    float *dt_limit;                /* [padded]: |dt| below it gives |dt A log2(e)| < 125 for all states */
     float *BC_partial;              /* [b][units][l][2][n], sums over the channels of one unit */
     float *A_partial;               /* [b][padded / lanes][states][lanes] */
     float *D_partial, *bias_partial; /* [b][padded] */

@@ -1,5 +1,7 @@
 /* Entry points of the native library: checks, threads, packing of the parameters and the final sums over units. */
 
+#include <float.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -129,6 +131,17 @@ static void sum_parameters(const scan_run *run) {
     }
 }
 
+/* What dt may be for all of a channel's exponents to stay below 125; 0 if A is not finite. */
+static float dt_limit(const scan_job *job, int64_t lanes, int64_t channel) {
+    float largest = 0;
+    for (int64_t i = 0; i < job->states; i++) {
+        const float a = fabsf(job->A_packed[(channel / lanes * job->states + i) * lanes + channel % lanes]);
+        if (!(a <= FLT_MAX)) return 0;
+        if (a > largest) largest = a;
+    }
+    return largest > 0 ? 125 / largest : INFINITY;
+}
+
 static int open_scan(scan_run *run, const zs_scan_args *a, const char *instruction_set) {
     run->kernels = find_kernels(instruction_set);
     if (!run->kernels || a->states > ZS_MAX_STATES) return ZS_UNSUPPORTED;
@@ -142,11 +155,13 @@ static int open_scan(scan_run *run, const zs_scan_args *a, const char *instructi
                       .chunks = (a->length + CHUNK - 1) / CHUNK,
                       .padded = round_up(a->channels, lanes),
                       .states = round_up(a->states, BLOCK)};
-    job->A_packed = zeros(job->padded * job->states);
+    job->A_packed = zeros(job->padded * (job->states + 1));
     if (!job->A_packed) return ZS_NO_MEMORY;
+    job->dt_limit = job->A_packed + job->padded * job->states;
     for (int64_t c = 0; c < a->channels; c++)
         for (int64_t i = 0; i < a->states; i++)
             job->A_packed[(c / lanes * job->states + i) * lanes + c % lanes] = a->A[c * a->states + i] * LOG2E;
+    for (int64_t c = 0; c < job->padded; c++) job->dt_limit[c] = dt_limit(job, lanes, c);
     return ZS_OK;
 }
 

@@ -50,17 +50,38 @@ static void load_chunk(const scan_job *job, const zs_rows *t, const place *p, fl
     }
 }
 
+/* decays: exp(dt_k A) as [step][BLOCK], for one chunk of one vector of channels and BLOCK of its n states. small: no
+ * |dt_k A| is beyond what vexp2_product takes. */
+INLINE void compute_decays(int64_t steps, int small, const float *A, const float *dt, float *decays) {
+    const int64_t stride = BLOCK * LANES;
+    for (int64_t i = 0; i < BLOCK; i++) {
+        vec a = vload(A + i * LANES);
+        float *to = decays + i * LANES;
+        if (small) {
+#pragma GCC unroll 4
+            for (int64_t k = 0; k < steps; k++) vstore(to + k * stride, vexp2_product(vload(dt + k * LANES), a));
+        } else {
+            for (int64_t k = 0; k < steps; k++) vstore(to + k * stride, vexp2(vload(dt + k * LANES) * a));
+        }
+    }
+}
+
+static int decays_are_small(const scan_job *job, const float *dt, int64_t size, int64_t channel) {
+    return vall_below(dt, size, vload(job->dt_limit + channel));
+}
+
 /* s_k = exp(dt_k A) s_{k-1} + dt_k B_k u_k and y_k += <s_k, C_k>, over one chunk of one vector of channels and
- * BLOCK of its n states. */
+ * BLOCK of its n states. The decays are given if DECAYS_FIRST. */
 INLINE void recur(int64_t n, int64_t steps, const float *A, const float *B, const float *C, const float *dt,
-                  const float *dtu, float *state, float *y) {
+                  const float *dtu, const float *decays, float *state, float *y) {
     vec s[BLOCK];
     for (int64_t i = 0; i < BLOCK; i++) s[i] = vload(state + i * LANES);
     for (int64_t k = 0; k < steps; k++) {
         vec t = vload(dt + k * LANES), x = vload(dtu + k * LANES), sum[2] = {vload(y + k * LANES), vset(0.0f)};
 #pragma GCC unroll 8
         for (int64_t i = 0; i < BLOCK; i++) {
-            s[i] = vfma(vexp2(t * vload(A + i * LANES)), s[i], x * vset(B[k * n + i]));
+            vec decay = DECAYS_FIRST ? vload(decays + (k * BLOCK + i) * LANES) : vexp2(t * vload(A + i * LANES));
+            s[i] = vfma(decay, s[i], x * vset(B[k * n + i]));
             sum[i & 1] = vfma(s[i], vset(C[k * n + i]), sum[i & 1]);
         }
         vstore(y + k * LANES, sum[0] + sum[1]);
@@ -71,7 +92,7 @@ INLINE void recur(int64_t n, int64_t steps, const float *A, const float *B, cons
 /* One vector of channels over one chunk, each array [step][LANES]. */
 typedef struct {
     float u[CHUNK * LANES], dt[CHUNK * LANES], dtu[CHUNK * LANES], z[CHUNK * LANES], y[CHUNK * LANES];
-    float e[CHUNK * LANES];
+    float e[CHUNK * LANES], decays[CHUNK * BLOCK * LANES];
 } forward_steps;
 
 static void forward_vector(const scan_job *job, const place *p, int64_t channel, int64_t count,
@@ -91,9 +112,12 @@ static void forward_vector(const scan_job *job, const place *p, int64_t channel,
         vstore(w->dtu + k, t * u);
         vstore(w->y + k, D * u);
     }
-    for (int64_t i = 0; i < n; i += BLOCK)
-        recur(n, p->steps, job->A_packed + channel * n + i * LANES, B + i, C + i, w->dt, w->dtu, state + i * LANES,
-              w->y);
+    const int small = DECAYS_FIRST && decays_are_small(job, w->dt, size, channel);
+    for (int64_t i = 0; i < n; i += BLOCK) {
+        const float *A = job->A_packed + channel * n + i * LANES;
+        if (DECAYS_FIRST) compute_decays(p->steps, small, A, w->dt, w->decays);
+        recur(n, p->steps, A, B + i, C + i, w->dt, w->dtu, w->decays, state + i * LANES, w->y);
+    }
     if (a->z.data) {
         for (int64_t k = 0; k < size; k += LANES) vstore(w->e + k, vexp_minus_abs(vload(w->z + k)));
         for (int64_t k = 0; k < size; k += LANES) {
@@ -130,7 +154,7 @@ static void scan_forward(const scan_job *job, int64_t batch, int64_t unit, float
 }
 
 /* The recurrence of `recur` again, for BLOCK states, keeping what backward needs of every step:
- *   decays: exp(dt_k A),  decayed: exp(dt_k A) s_{k-1},  both [step][BLOCK]
+ *   decays: exp(dt_k A) (given if DECAYS_FIRST),  decayed: exp(dt_k A) s_{k-1},  both [step][BLOCK]
  * and adding dC_k = sum over channels of dy_k s_k to dC. */
 INLINE void recompute(int64_t n, int64_t steps, const float *A, const float *B, const float *C, const float *dt,
                       const float *dtu, const float *dy, const float *state, float *decays, float *decayed,
@@ -142,8 +166,9 @@ INLINE void recompute(int64_t n, int64_t steps, const float *A, const float *B, 
         vec sum[2] = {vload(y + k * LANES), vset(0.0f)}, to_sum[BLOCK];
 #pragma GCC unroll 8
         for (int64_t i = 0; i < BLOCK; i++) {
-            vec decay = vexp2(t * vload(A + i * LANES));
-            vstore(decays + (k * BLOCK + i) * LANES, decay);
+            float *place = decays + (k * BLOCK + i) * LANES;
+            vec decay = DECAYS_FIRST ? vload(place) : vexp2(t * vload(A + i * LANES));
+            if (!DECAYS_FIRST) vstore(place, decay);
             s[i] = decay * s[i];
             vstore(decayed + (k * BLOCK + i) * LANES, s[i]);
             s[i] = vfma(x, vset(B[k * n + i]), s[i]);
@@ -246,8 +271,10 @@ static void backward_vector(const scan_job *job, const place *p, int64_t channel
     float *dA = job->A_partial + at * n;
     for (int64_t i = 0; i < n; i++) vprefetch(start + (n + i) * LANES); /* the next vector's */
     prepare_steps(job, p, channel, count, w);
+    const int small = DECAYS_FIRST && decays_are_small(job, w->dt, size, channel);
     for (int64_t i = 0; i < n; i += BLOCK) {
         const int64_t b = i * LANES;
+        if (DECAYS_FIRST) compute_decays(p->steps, small, A + b, w->dt, w->decays);
         recompute(n, p->steps, A + b, B + i, C + i, w->dt, w->dtu, w->dy, start + b, w->decays, w->decayed, w->y,
                   dC + i);
         recur_backward(n, p->steps, A + b, B + i, C + i, w->dt, w->dtu, w->dy, w->decays, w->decayed, carry + b,

@@ -6,6 +6,9 @@
  *   vselect_nonnegative(x, a, b) = x >= 0 ? a : b, lane by lane
  *   vload_bf16, vstore_bf16: rounds to nearest even; a NaN stays a NaN
  *   vexp2: 2^x, relative error below 1.2e-7, exact at 0; a NaN passes through
+ *   vexp2_product(a, b) = 2^(a b) for |a b| < 126, not NaN
+ *   vall_below(p, count, limit): whether the magnitude of p[0 .. count - 1] is below limit, in every lane
+ *   DECAYS_FIRST: whether the scan computes the decays of a chunk before its recurrence, or within
  *   vreciprocal(x) = 1 / x for x in [1, 2]
  *   vadd_sums8(to, v): to[i] += sum of the lanes of v[i], i = 0 .. 7
  *   vprefetch: into the second-level cache */

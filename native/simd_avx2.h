@@ -6,6 +6,7 @@
 
 #define SIMD_NAME "avx2"
 #define LANES 8
+#define DECAYS_FIRST 1 /* 16 registers do not hold the states and what an exponential needs */
 typedef __m256 vec;
 
 INLINE vec vset(float x) { return _mm256_set1_ps(x); }
@@ -32,20 +33,40 @@ INLINE void vstore_bf16(uint16_t *p, vec x) {
     _mm_storeu_si128((void *)p, _mm256_castsi256_si128(packed));
 }
 
-/* 2^x: x = i + r with |r| <= 1/2, and 2^r = 1 + r q(r), q of degree 4, fitted for the least relative error
- * (9.2e-8). The constant term is exactly 1: decays close to 1 compound over thousands of steps, so the error has to
- * vanish at 0. The exponent is added as an integer and must stay normal: results outside [2^-126, 2^127] saturate
- * there. Operands of min and max are ordered so that a NaN passes through. */
-INLINE vec vexp2(vec x) {
-    x = _mm256_min_ps(vset(127.0f), _mm256_max_ps(vset(-126.0f), x));
-    vec i = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = x - i;
+/* 2^r for |r| <= 1/2: 1 + r q(r), q of degree 4, fitted for the least relative error (9.2e-8). The constant term is
+ * exactly 1: decays close to 1 compound over thousands of steps, so the error has to vanish at 0. */
+INLINE vec vexp2_fraction(vec r) {
     vec q = vfma(r, vset(1.3264726863e-3f), vset(9.67151266306e-3f));
     q = vfma(q, r, vset(5.55073374436e-2f));
     q = vfma(q, r, vset(2.40222420849e-1f));
     q = vfma(q, r, vset(6.93146977598e-1f));
-    q = vfma(q, r, vset(1.0f));
-    __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(i), 23);
-    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(q), exponent));
+    return vfma(q, r, vset(1.0f));
+}
+
+/* x = i + r. The exponent is added as an integer and must stay normal: results outside [2^-126, 2^127] saturate there.
+ * Operands of min and max are ordered so that a NaN passes through; its i has no low bits, whatever its payload. */
+INLINE vec vexp2(vec x) {
+    x = _mm256_min_ps(vset(127.0f), _mm256_max_ps(vset(-126.0f), x));
+    __m256i i = _mm256_cvtps_epi32(x);
+    vec power = vexp2_fraction(x - _mm256_cvtepi32_ps(i));
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(power), _mm256_slli_epi32(i, 23)));
+}
+
+/* 2^(a b) where |a b| < 126 is known: no clamps, and the sum with 1.5 * 2^23 has i in its low bits. */
+INLINE vec vexp2_product(vec a, vec b) {
+    const vec shift = vset(12582912.0f);
+    vec sum = vfma(a, b, shift);
+    vec power = vexp2_fraction(_mm256_fmsub_ps(a, b, sum - shift));
+    __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(sum), 23);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(power), exponent));
+}
+
+/* Whether |p[k]| < limit everywhere, lane by lane; a NaN is not. */
+INLINE int vall_below(const float *p, int64_t count, vec limit) {
+    vec below = _mm256_cmp_ps(limit, limit, _CMP_EQ_OQ);
+    for (int64_t k = 0; k < count; k += LANES)
+        below = _mm256_and_ps(below, _mm256_cmp_ps(vabs(vload(p + k)), limit, _CMP_LT_OQ));
+    return _mm256_movemask_ps(below) == 0xff;
 }
 
 INLINE vec vreciprocal(vec x) { return vset(1.0f) / x; }

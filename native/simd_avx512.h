@@ -6,6 +6,7 @@
 
 #define SIMD_NAME "avx512"
 #define LANES 16
+#define DECAYS_FIRST 0
 typedef __m512 vec;
 
 INLINE vec vset(float x) { return _mm512_set1_ps(x); }
@@ -49,6 +50,15 @@ INLINE vec vexp2(vec x) {
     vec power = _mm512_permutex2var_ps(table[0], _mm512_castps_si512(sum), table[1]);
     vec p = vfma(r, vset(0.240226508f), vset(0.69315733f)) * r;
     return _mm512_scalef_ps(vfma(p, power, power), f);
+}
+
+INLINE vec vexp2_product(vec a, vec b) { return vexp2(a * b); }
+
+INLINE int vall_below(const float *p, int64_t count, vec limit) {
+    __mmask16 below = 0xffff;
+    for (int64_t k = 0; k < count; k += LANES)
+        below &= _mm512_cmp_ps_mask(vabs(vload(p + k)), limit, _CMP_LT_OQ);
+    return below == 0xffff;
 }
 
 /* 1 / x for x in [1, 2] */

@@ -6,9 +6,11 @@
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #define SIMD_NAME "sse2"
+#define DECAYS_FIRST 1
 #elif defined(__ARM_NEON) && defined(__aarch64__)
 #include <arm_neon.h>
 #define SIMD_NAME "neon"
+#define DECAYS_FIRST 0
 #else
 #error "compile this file for x86-64 or arm64"
 #endif
@@ -36,12 +38,14 @@ INLINE vec vmax(vec a, vec b) { return _mm_max_ps(a, b); }
 INLINE vec vmin(vec a, vec b) { return _mm_min_ps(a, b); }
 INLINE vec vunzip_even(vec a, vec b) { return _mm_shuffle_ps(a, b, 0x88); }
 INLINE vec vunzip_odd(vec a, vec b) { return _mm_shuffle_ps(a, b, 0xdd); }
+INLINE vbits vround(vec x) { return (vbits)_mm_cvtps_epi32(x); }
 #else
 INLINE vec vfma(vec a, vec b, vec c) { return (vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
 INLINE vec vmax(vec a, vec b) { return vselect(a > b, a, b); } /* fmax gives NaN where either is one */
 INLINE vec vmin(vec a, vec b) { return vselect(a < b, a, b); }
 INLINE vec vunzip_even(vec a, vec b) { return (vec)vuzp1q_f32((float32x4_t)a, (float32x4_t)b); }
 INLINE vec vunzip_odd(vec a, vec b) { return (vec)vuzp2q_f32((float32x4_t)a, (float32x4_t)b); }
+INLINE vbits vround(vec x) { return (vbits)vcvtnq_s32_f32((float32x4_t)x); }
 #endif
 
 INLINE vec vload_bf16(const uint16_t *p) {
@@ -57,17 +61,30 @@ INLINE void vstore_bf16(uint16_t *p, vec x) {
     memcpy(p, &halves, sizeof halves);
 }
 
-/* 2^x: the same polynomial as with AVX2 (simd_avx2.h). Adding 1.5 * 2^23 rounds to an integer. */
-INLINE vec vexp2(vec x) {
-    x = vmin(vset(127.0f), vmax(vset(-126.0f), x));
-    const vec shift = vset(12582912.0f);
-    vec sum = x + shift, r = x - (sum - shift);
+INLINE vec vexp2_fraction(vec r) { /* see simd_avx2.h, also for the two below */
     vec q = vfma(r, vset(1.3264726863e-3f), vset(9.67151266306e-3f));
     q = vfma(q, r, vset(5.55073374436e-2f));
     q = vfma(q, r, vset(2.40222420849e-1f));
     q = vfma(q, r, vset(6.93146977598e-1f));
-    q = vfma(q, r, vset(1.0f));
-    return (vec)((vwords)q + ((vwords)sum << 23)); /* the sum's low bits are the integer */
+    return vfma(q, r, vset(1.0f));
+}
+
+INLINE vec vexp2(vec x) {
+    x = vmin(vset(127.0f), vmax(vset(-126.0f), x));
+    vbits i = vround(x);
+    return (vec)((vbits)vexp2_fraction(x - __builtin_convertvector(i, vec)) + (i << 23));
+}
+
+INLINE vec vexp2_product(vec a, vec b) {
+    const vec shift = vset(12582912.0f);
+    vec x = a * b, sum = x + shift;
+    return (vec)((vwords)vexp2_fraction(x - (sum - shift)) + ((vwords)sum << 23));
+}
+
+INLINE int vall_below(const float *p, int64_t count, vec limit) {
+    vbits below = limit == limit;
+    for (int64_t k = 0; k < count; k += LANES) below &= vabs(vload(p + k)) < limit;
+    return (below[0] & below[1] & below[2] & below[3]) != 0;
 }
 
 INLINE vec vreciprocal(vec x) { return vset(1.0f) / x; }

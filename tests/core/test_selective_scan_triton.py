@@ -132,8 +132,9 @@ def test_every_kernel_compiles(target, dtype, monkeypatch):
 
 
 @needs_triton
-@pytest.mark.parametrize("target", ["sm_75", "gfx1100"])
-@pytest.mark.parametrize("l, d, n", [(64, 48, 32), (1, 1, 1)], ids=["many states", "sizes of one"])
+@pytest.mark.parametrize(
+    "target, l, d, n", [("sm_75", 64, 48, 32), ("gfx1100", 1, 1, 1)], ids=["many states", "sizes of one"]
+)
 def test_every_kernel_compiles_without_what_is_optional(target, l, d, n, monkeypatch):
     """Triton makes a constant of a size of one and of an absent tensor, and another kernel with it."""
     names = compile_all(launches(monkeypatch, torch.float16, l, d, n, complete=False), target)

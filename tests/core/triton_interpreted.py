@@ -117,7 +117,7 @@ def test_input_and_output_orders_are_independent():
 SHAPES = st.tuples(st.integers(1, 2), st.integers(1, 13), st.integers(1, 5), st.integers(1, 5))
 
 
-@settings(max_examples=8, deadline=None, database=None, derandomize=True)
+@settings(max_examples=6, deadline=None, database=None, derandomize=True)
 @given(shape=SHAPES, programs=st.sampled_from([ONE_PASS, 2, SPLIT]))
 def test_any_shape(shape, programs):
     check(draw_inputs(*shape), True, draw_order(shape[1]), draw_order(shape[1]), programs)
@@ -199,10 +199,17 @@ def test_tiny_and_huge_steps_keep_their_precision(shift):
     check(inputs)
 
 
-@pytest.mark.parametrize("width", [1, 2, 4, 7])
-@pytest.mark.parametrize("ordered", [False, True])
-@pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "width, ordered, with_bias, dtype",
+    [
+        (1, False, True, torch.float32),
+        (2, True, False, torch.float32),
+        (4, True, True, torch.float32),
+        (7, False, False, torch.bfloat16),
+        (4, True, True, torch.bfloat16),
+        (4, True, True, torch.float16),
+    ],
+)
 def test_convolution_is_the_reference(width, ordered, with_bias, dtype):
     b, l, d = 2, 35, 5
     x = draw(b, l, 2 * d, dtype=dtype)[..., :d]
@@ -219,11 +226,19 @@ def test_convolution_is_the_reference(width, ordered, with_bias, dtype):
     assert_agree(got, want, {**inputs, "u": x})
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layer_norm", [False, True])
-@pytest.mark.parametrize("parts", ["all", "base", "no gate", "no total"])
-def test_rows_are_added_normed_and_modulated(dtype, layer_norm, parts):
-    b, l, d, eps = 2, 5, 7, 1e-5
+@pytest.mark.parametrize(
+    "parts, dtype",
+    [
+        ("all", torch.float32),
+        ("all", torch.bfloat16),
+        ("base", torch.float32),
+        ("no gate", torch.float32),
+        ("no total", torch.bfloat16),
+    ],
+)
+def test_rows_are_added_normed_and_modulated(parts, dtype, layer_norm):
+    b, l, d, eps = 2, 3, 7, 1e-5
     base, mix = draw(b, l, d, dtype=dtype), draw(b, l, 2 * d, seed=1, dtype=dtype)[..., d:]
     gate, shift, scale = draw(b, 1, 3 * d, dtype=dtype).chunk(3, dim=-1)
     residual, weight, bias, gather = draw(b, l, d, seed=2), draw(d), draw(d, seed=1), draw_order(l)

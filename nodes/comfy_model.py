@@ -17,6 +17,7 @@ import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
+import comfy.patcher_extension
 import comfy.sd
 import comfy.sd1_clip
 import comfy.supported_models_base
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..zigma.checkpoint import CheckpointFile, LatentFormat
-from ..zigma.model import ZigMa
+from ..zigma.model import Condition, ZigMa
 from ..zigma.scan_orders import scan_order
 from ..zigma.text import TextEncoderConfig, WordTextEncoder, split_words
 
@@ -34,6 +35,8 @@ log = logging.getLogger(__name__)
 
 # Where a graph's token orders travel: transformer_options of a cloned MODEL, which reach `forward` and nothing else.
 SCAN_ORDERS = "zigma_scan_orders"
+
+KEPT_CONDITIONS = 4  # of a sampling run: batches of conditions that take turns within a step
 
 LayerOrder = tuple[str, int, int]  # (kind, index, seed): what scan_order needs beside the grid
 
@@ -51,13 +54,42 @@ class HostZigMa(ZigMa):
         )  # fmt: skip
         self.dtype = dtype
         self._overridden: dict[tuple, list[Tensor]] = {}
+        self._encoded: list[tuple[Tensor, torch.dtype, Condition]] | None = None  # None: no run, or one that may not
 
     def forward(self, x: Tensor, timestep: Tensor, context=None, control=None, transformer_options=None, **_) -> Tensor:
         """x (b, c, h, w), timestep = sigma (b,), context (b, m, d_context) -> d x / d sigma (b, c, h, w)."""
         schedule = (transformer_options or {}).get(SCAN_ORDERS)
         orders = None if schedule is None else self._scheduled(schedule, x)
         t = (1 - timestep.float()).expand(len(x))
-        return -super().forward(x, t, context if self.config.has_text else None, token_orders=orders)
+        y = self._condition(x, t, context) if self.config.has_text else None
+        return -super().forward(x, t, y, token_orders=orders)
+
+    def begin_run(self, weights_stay: bool) -> None:
+        """Until `end_run` keep what conditions come to, if the weights stay what they are."""
+        self._encoded = [] if weights_stay else None
+
+    def end_run(self) -> None:
+        """Forget what conditions came to, and keep nothing until the next run."""
+        self._encoded = None
+
+    def _condition(self, x: Tensor, t: Tensor, context: Tensor | None) -> Tensor | Condition | None:
+        """What the context came to earlier in this sampling run: the same at every step. Outside one, the context.
+
+        Known by its contents. The host's uuids would not do: a guider's are the same in all its runs, and whatever
+        cuts or replaces a condition on its way here leaves them as they are.
+        """
+        kept = self._encoded
+        if kept is None or context is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return context
+        kind = (context.shape, context.dtype, context.device)
+        for known, dtype, condition in kept:
+            if dtype == x.dtype and (known.shape, known.dtype, known.device) == kind and torch.equal(known, context):
+                return condition
+        self._check_inputs(x, t, context)
+        condition = self.encode_condition(context, x.dtype)
+        kept.append((context.clone(), x.dtype, condition))
+        del kept[:-KEPT_CONDITIONS]
+        return condition
 
     def _scheduled(self, schedule: tuple[LayerOrder | None, ...], x: Tensor) -> list[Tensor]:
         """The orders of a graph's schedule for the grid of x; layers that it leaves alone keep the model's own."""
@@ -157,7 +189,26 @@ def build_model(file: CheckpointFile):
     model.eval().requires_grad_(False)
     # What newer hosts use for their own models, with finer offloading; it has another name there.
     patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
-    return patcher(model, load_device=device, offload_device=offload)
+    patcher = patcher(model, load_device=device, offload_device=offload)
+    events = comfy.patcher_extension.CallbacksMP
+    patcher.add_callback(events.ON_PRE_RUN, _on_run)
+    patcher.add_callback(events.ON_CLEANUP, _on_other_weights)
+    patcher.add_callback(events.ON_APPLY_HOOKS, _on_other_weights)  # hooks patch weights in the middle of a run
+    return patcher
+
+
+def _on_run(patcher) -> None:
+    """A sampling run begins, its weights in place. Functions of nodes that make weights may look at the time."""
+    network = patcher.model.diffusion_model
+    if isinstance(network, HostZigMa):  # a node may have put another in its place
+        network.begin_run(weights_stay=not (patcher.weight_wrapper_patches or patcher.injections))
+
+
+def _on_other_weights(patcher, *_) -> None:
+    """The weights are no longer those that the run began with, or it is over."""
+    network = patcher.model.diffusion_model
+    if isinstance(network, HostZigMa):
+        network.end_run()
 
 
 def as_zigma(model) -> HostZigMa:

@@ -28,7 +28,11 @@ from zigma.text import TextEncoderConfig, WordTextEncoder
 
 ROOT = Path(__file__).resolve().parents[2]
 INSIDE = Path(__file__).with_name("inside.py")
-CHECKS = re.findall(r"^def (check_\w+)", INSIDE.read_text(encoding="utf-8"), re.MULTILINE)
+CHECKS = [
+    name
+    for file in sorted(INSIDE.parent.glob("inside*.py"))
+    for name in re.findall(r"^def (check_\w+)", file.read_text(encoding="utf-8"), re.MULTILINE)
+]
 
 _spec = importlib.util.spec_from_file_location("zigma_tools_host", ROOT / "tools/host.py")
 hosts = importlib.util.module_from_spec(_spec)
@@ -74,6 +78,8 @@ def write_models(base: Path) -> None:
         kind = model(in_channels=4, img_dim=(4, 6), **more)
         path = folder / f"kind_{name}.safetensors"
         save_checkpoint(kind, path, text_encoder=text, autoencoder=autoencoder, latent=latent)
+    classes = model(in_channels=4, img_dim=(4, 6), has_text=False, d_context=0, num_classes=5)
+    save_checkpoint(classes, folder / "class.safetensors", latent=latent)
     video = model(in_channels=4, img_dim=(4, 6), scan_type="video_sst", video_frames=3)
     save_checkpoint(video, folder / "video.safetensors", latent=latent)
     pixels = model(in_channels=3, img_dim=(4, 6), patch_size=1)

@@ -1,176 +1,321 @@
-"""How long the selective scan takes beside the matrix products of its block: `python benchmarks/scan.py`.
+"""How long the selective scan takes beside the matrix products of its mixer, and beside other ways to write it.
 
-All sides of a comparison run in turn, round after round, in one process, with the same dtype and number of threads; a
-figure is the median over the rounds of the process's CPU time. Absolute times move from machine to machine and with
-the load; ratios are what to look at. Prints Markdown.
+d_model 768 (1536 channels, 16 states), batch 1, float32, 256, 1024 and 4096 tokens: these shapes and no others.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
-import platform
-import statistics
-import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+import functools
 
+import measure
 import torch
 import torch.nn.functional as F
+from measure import STATES, WIDTH, Held, Options, Report, Run
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from zigma.mixer import Mamba
+from zigma.model import ZigMa
+from zigma.scan_orders import LayerSchedule
+from zigma.selective_scan import native, ordered_conv1d_silu, selective_scan_gathered
 
-from zigma.selective_scan import native_library, ordered_conv1d_silu, selective_scan_gathered
-
-N, CONV_WIDTH = 16, 4
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Batch, tokens and width of the model; the mixer is twice as wide."""
-
-    b: int
-    l: int
-    width: int
-
-    @property
-    def d(self) -> int:
-        return 2 * self.width
-
-    def __str__(self) -> str:
-        return f"b {self.b}, L {self.l}, d_model {self.width}"
+D_INNER = 2 * WIDTH
+FOUR = "four GEMMs"
+LOOP, PUBLISHED, MAMBAPY, TORCH, ADDCMUL = (
+    "plain loop", "published loop", "mambapy", "torch backend", "torch scan, autograd"
+)  # fmt: skip
 
 
 class Problem:
-    """Random inputs of one Mamba mixer, and the parts of its work as functions."""
+    """Random inputs of one scan, and the ways to compute it."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, gradients: bool):
+    def __init__(self, l: int, gradients: bool = False):
         g = torch.Generator().manual_seed(0)
-        b, l, d, width, rank = shape.b, shape.l, shape.d, shape.width, -(-shape.width // 16)
 
-        def draw(*size: int, scale: float = 1.0) -> Tensor:
-            return (torch.randn(size, generator=g) * scale).to(dtype).requires_grad_(gradients)
+        def draw(*size: int) -> Tensor:
+            return torch.empty(size).normal_(generator=g).requires_grad_(gradients)
 
-        self.gradients = gradients
-        self.tokens, self.mixed, self.low_rank = draw(b, l, width), draw(b, l, d), draw(b, l, rank)
-        sizes = {"in": (2 * d, width), "x": (rank + 2 * N, d), "dt": (d, rank), "out": (width, d)}
-        self.weights = {name: draw(*size, scale=size[1] ** -0.5) for name, size in sizes.items()}
-        A = -torch.arange(1.0, N + 1).expand(d, N).clone().requires_grad_(gradients)
-        D, bias = (torch.ones(d, requires_grad=gradients), torch.full((d,), -4.0, requires_grad=gradients))
-        self.scan_inputs = (draw(b, l, d), draw(b, l, d), A, draw(b, l, N), draw(b, l, N), D, draw(b, l, d), bias)
-        self.xz = draw(b, l, 2 * d)
-        self.filter, self.filter_bias = draw(d, CONV_WIDTH), draw(d)
-        self.order = torch.randperm(l, generator=g)
-        self.d_out = torch.randn(b, l, d, generator=g).to(dtype)
+        wide, narrow = (1, l, D_INNER), (1, l, STATES)
+        A = -torch.arange(1.0, STATES + 1).repeat(D_INNER, 1).requires_grad_(gradients)
+        D = torch.ones(D_INNER, requires_grad=gradients)
+        bias = torch.full((D_INNER,), -4.0, requires_grad=gradients)
+        self.inputs = (draw(*wide), draw(*wide), A, draw(*narrow), draw(*narrow), D, draw(*wide), bias)
+        self.d_out = torch.randn(wide, generator=g) if gradients else None
 
-    def _run(self, out: Tensor, leaves: tuple[Tensor, ...]) -> None:
-        if self.gradients:
-            torch.autograd.grad(out, leaves, self.d_out.view(-1)[: out.numel()].view(out.shape), allow_unused=True)
+    def _both_ways(self, out: Tensor) -> Tensor | tuple:
+        return out if self.d_out is None else torch.autograd.grad(out, self.inputs, self.d_out)
 
-    def gemms(self) -> None:
-        """in_proj, x_proj, dt_proj and out_proj."""
-        pairs = zip((self.tokens, self.mixed, self.low_rank, self.mixed), self.weights.values(), strict=True)
-        for x, weight in pairs:
-            out = F.linear(x, weight)
-            if self.gradients:
-                torch.autograd.grad(out, (x, weight), torch.ones_like(out))
+    def scan(self, backend: str) -> Tensor | tuple:
+        return self._both_ways(selective_scan_gathered(*self.inputs, backend=backend))
 
-    def scan(self, backend: str, ordered: bool = True) -> None:
-        order = self.order if ordered else None
-        self._run(selective_scan_gathered(*self.scan_inputs, order=order, backend=backend), self.scan_inputs)
+    def addcmul(self) -> Tensor | tuple:
+        """One addcmul a step on tensors that torch prepares for all steps at once: what autograd can go through."""
+        u, delta, A, B, C, D, z, bias = self.inputs
+        dt = F.softplus(delta + bias)
+        decay = torch.exp(dt[..., None] * A).unbind(1)
+        drive = ((dt * u)[..., None] * B[:, :, None]).unbind(1)
+        states = [drive[0]]
+        for a, x in zip(decay[1:], drive[1:], strict=True):
+            states.append(torch.addcmul(x, a, states[-1]))
+        y = (torch.stack(states, 1) @ C[..., None]).squeeze(-1)
+        return self._both_ways((y + D * u) * F.silu(z))
 
-    def conv(self, backend: str) -> None:
-        x = self.xz[..., : self.xz.shape[-1] // 2]
-        out = ordered_conv1d_silu(x, self.filter, self.filter_bias, self.order, backend)
-        self._run(out, (self.xz, self.filter, self.filter_bias))
+    def published(self) -> Tensor:
+        """As the reference in Mamba's own package goes: channels before tokens, all steps laid out, then the loop."""
+        u, delta, A, B, C, D, z, bias = self.turned
+        dt = F.softplus(delta + bias[:, None])
+        decay = torch.exp(torch.einsum("bdl,dn->bdln", dt, A))
+        drive = torch.einsum("bdl,bnl,bdl->bdln", dt, B, u)
+        state, ys = torch.zeros_like(decay[:, :, 0]), []
+        for k in range(u.shape[2]):
+            state = decay[:, :, k] * state + drive[:, :, k]
+            ys.append(torch.einsum("bdn,bn->bd", state, C[:, :, k]))
+        return (torch.stack(ys, dim=2) + u * D[:, None]) * F.silu(z)
+
+    @functools.cached_property
+    def turned(self) -> list[Tensor]:
+        """The inputs in the layout (b, d, l)."""
+        return [t.transpose(1, 2).contiguous() if t.dim() == 3 else t for t in self.inputs]
+
+    def mambapy(self) -> Tensor | tuple:
+        """As mambapy's MambaBlock calls its parallel scan, with softplus before and the gate after it."""
+        from mambapy.pscan import pscan
+
+        u, delta, A, B, C, D, z, bias = self.inputs
+        dt = F.softplus(delta + bias)[..., None]
+        states = pscan(torch.exp(dt * A), dt * B[:, :, None] * u[..., None])
+        return self._both_ways(((states @ C[..., None]).squeeze(3) + D * u) * F.silu(z))
+
+    def ways(self, *names: str) -> dict[str, Run]:
+        """Those of the names that this machine has, by name; every instruction set of the native kernel beside them."""
+        ways: dict[str, Run] = {
+            measured: measure.with_instruction_set(measured, functools.partial(self.scan, "native"))
+            for measured in measure.instruction_sets()
+        }
+        known = {
+            TORCH: functools.partial(self.scan, "torch"),
+            LOOP: functools.partial(self.scan, "reference"),
+            PUBLISHED: self.published,
+            ADDCMUL: self.addcmul,
+        }
+        if has_mambapy():
+            known[MAMBAPY] = self.mambapy
+        return ways | {name: known[name] for name in names if name in known}
 
 
-def medians(candidates: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """CPU milliseconds of each candidate: the median over rounds in which all of them take their turn."""
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for warm_up in (True, *[False] * rounds):
-        for name, run in candidates.items():
-            start = time.process_time()
+def has_mambapy() -> bool:
+    try:
+        import mambapy.pscan  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def others() -> tuple[str, ...]:
+    """The ways to compare the native kernel with that this machine has."""
+    return (TORCH, LOOP, PUBLISHED, MAMBAPY) if has_mambapy() else (TORCH, LOOP, PUBLISHED)
+
+
+def run(options: Options) -> Report:
+    """Every table of this file."""
+    report = Report()
+    if not measure.instruction_sets():
+        report.say(f"The native kernel cannot run here: {native.unavailable()}. Nothing was measured.")
+        return report
+    forward(report, options)
+    backward(report, options)
+    orders(report, options)
+    memory(report, options)
+    threads(report, options)
+    return report
+
+
+def forward(report: Report, options: Options) -> None:
+    lengths = (256,) if options.quick else (256, 1024, 4096)
+    widest = measure.instruction_sets()[0]
+    with torch.no_grad():
+        rows = {l: _forward(l, widest, options) for l in lengths}
+    names = [FOUR, *measure.instruction_sets(), "exponentials", *others()]
+    cells = [[f"L {l}", f"{row[FOUR]:.1f}", *(_share(row[name], row[FOUR]) for name in names[1:])]
+             for l, row in rows.items()]  # fmt: skip
+    last = rows[lengths[-1]]
+    text = (
+        "CPU milliseconds, in brackets in per cent of the four GEMMs of the same mixer (in_proj, x_proj, dt_proj, "
+        "out_proj), which is what a scan has to hide behind. `plain loop` is the definition in "
+        "`selective_scan/reference.py`; `published loop` goes as the reference in Mamba's own package does, which lays "
+        "out all steps before it starts. `exponentials`: as many as the scan needs at least, one "
+        f"for each channel, token and state, by the {widest} kernel's own exp2 in the cache: its floor. The GEMMs run "
+        f"at {last['rate']:.0f} GFLOP/s, a square product of 1536 at {last['peak']:.0f}."
+    )
+    if not has_mambapy():
+        text += " mambapy is not installed (extra `bench`), so that its parallel scan was not measured."
+    report.table("The scan, forward", ["", *names], cells, text)
+    report.data["forward"] = {str(l): {name: row[name] for name in names} for l, row in rows.items()}
+    _hold_forward(report, rows, widest)
+
+
+def _share(ms: float, whole: float) -> str:
+    return f"{ms:.1f} ({ms / whole:.1%})" if ms < 10 * whole else f"{ms:.0f} ({ms / whole:.0%})"
+
+
+def _forward(l: int, widest: str, options: Options) -> dict[str, float]:
+    problem = Problem(l)
+    products, work = measure.mixer_products(1, l)
+    square, square_work = measure.square_product()
+    candidates: dict[str, Run] = {FOUR: products, "square": square}
+    candidates["exponentials"] = measure.exponentials(D_INNER * l * STATES, widest)
+    candidates |= problem.ways(*others())
+    row = measure.medians(candidates, options.rounds, at_most=dict.fromkeys((LOOP, PUBLISHED, MAMBAPY), 3))
+    return row | {"rate": 1000 * work / row[FOUR], "peak": 1000 * square_work / row["square"]}
+
+
+def _hold_forward(report: Report, rows: dict[int, dict[str, float]], widest: str) -> None:
+    for name, required, aim in (("avx512", 0.08, 0.04), ("avx2", 0.15, 0.09)):
+        for l, row in rows.items():
+            if l == 256 and len(rows) > 1:
+                continue
+            value = row[name] / row[FOUR] if name in row else None
+            limit = row["exponentials"] / row[FOUR] if name == widest else None
+            note = "" if name in row else f"this CPU has no {name}"
+            what = f"native scan ({name}) / GEMMs, L {l}"
+            report.held.append(Held(what, value, required, aim, limit=limit, form="{:.1%}", note=note))
+    l = 1024 if 1024 in rows else 256
+    row, times = rows[l], {"at_least": True, "form": "{:.1f}×"}
+    for loop in (LOOP, PUBLISHED):
+        what, floor = f"{loop} / native scan ({widest}), forward, L {l}", row[loop] / row["exponentials"]
+        report.held.append(Held(what, row[loop] / row[widest], 35, 70, limit=floor, **times))
+    for loop in (LOOP, PUBLISHED):
+        report.held.append(Held(f"{loop} / torch backend, forward, L {l}", row[loop] / row[TORCH], 4, 8, **times))
+
+
+def backward(report: Report, options: Options) -> None:
+    l, widest = 256 if options.quick else 1024, measure.instruction_sets()[0]
+    problem = Problem(l, gradients=True)
+    candidates = {"3 × four GEMMs": _three_times(measure.mixer_products(1, l)[0])}
+    candidates |= problem.ways(TORCH, ADDCMUL, MAMBAPY)
+    row = measure.medians(candidates, options.rounds, at_most=dict.fromkeys((ADDCMUL, MAMBAPY), 3))
+    whole = row["3 × four GEMMs"]
+    cells = [[f"L {l}", f"{whole:.1f}", *(_share(row[name], whole) for name in list(row)[1:])]]
+    text = (
+        "CPU milliseconds and per cent of three times the GEMMs, which is what training makes of them. The torch scan "
+        "prepares decay and drive of all steps at once, does one addcmul a step, and autograd goes back through that."
+    )
+    report.table("The scan, forward and backward", ["", *row], cells, text)
+    report.held.append(
+        Held(f"autograd through the torch scan / native scan ({widest}), forward and backward, L {l}",
+             row[ADDCMUL] / row[widest], 20, 45, at_least=True, form="{:.1f}×")
+    )  # fmt: skip
+
+
+def _three_times(run: Run) -> Run:
+    def thrice() -> None:
+        for _ in range(3):
             run()
-            if not warm_up:
-                times[name].append(1000 * (time.process_time() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
+
+    return thrice
 
 
-def with_instruction_set(name: str, run: Callable[[], None]) -> Callable[[], None]:
-    library = native_library.load()
-
-    def forced() -> None:
-        before, library.instruction_set = library.instruction_set, name
-        try:
-            run()
-        finally:
-            library.instruction_set = before
-
-    return forced
-
-
-def measure(shape: Shape, dtype: torch.dtype, gradients: bool, rounds: int) -> dict[str, float]:
-    problem = Problem(shape, dtype, gradients)
-    candidates = {
-        "four GEMMs": problem.gemms,
-        "torch": lambda: problem.scan("torch"),
-        "torch conv": lambda: problem.conv("torch"),
-    }
-    for name in native_library.load().instruction_sets():
-        candidates[name] = with_instruction_set(name, lambda: problem.scan("native"))
-    candidates["in raster order"] = lambda: problem.scan("native", ordered=False)
-    candidates["conv"] = lambda: problem.conv("native")
-    with torch.set_grad_enabled(gradients):
-        return medians(candidates, rounds)
+@torch.no_grad()
+def orders(report: Report, options: Options) -> None:
+    """What reading in zigzag costs beside reading the rows as they lie."""
+    cells = []
+    for l in (256,) if options.quick else (1024, 4096):
+        side = round(l**0.5)
+        zigzag = LayerSchedule("zigzagN8", 8).orders(side, side)
+        mixer, tokens = Mamba(measure.config(l, 1)).eval(), torch.randn(1, l, WIDTH)
+        ratios = [
+            _order_cost(_pair(l), zigzag, options.fewer(5)),
+            _order_cost(functools.partial(mixer, tokens), zigzag, options.fewer(3)),
+            _blocks_cost(l, options.fewer(5 if l < 4096 else 3)),
+        ]
+        cells.append([f"L {l}", *(f"{ratio:+.1%}" for ratio in ratios)])
+        for what, ratio in zip(("inside the mixer", "in the model's blocks"), ratios[1:], strict=True):
+            report.held.append(
+                Held(f"zigzag-8 / no order {what}, L {l}: more", ratio, 0.04, 0.01, limit=0.0, form="{:.1%}")
+            )
+    text = (
+        "How much more time the eight zigzag orders take on average than reading the rows as they lie: convolution and "
+        "scan alone, each gathering and scattering by the order; the whole mixer given the order; and a model of eight "
+        "blocks, zigzagN8 beside sweepN1, where rows move in the norms between the mixers."
+    )
+    report.table("Token orders", ["", "convolution and scan", "mixer", "eight blocks"], cells, text)
 
 
-COLUMNS = ("four GEMMs", "avx512", "avx2", "torch", "in raster order", "conv", "torch conv")
+def _pair(l: int) -> Run:
+    _, delta, A, B, C, D, _, bias = Problem(l).inputs
+    xz, weight, conv_bias = torch.randn(1, l, 2 * D_INNER), torch.randn(D_INNER, 4), torch.randn(D_INNER)
+
+    def run(order: Tensor | None) -> None:
+        mixed = ordered_conv1d_silu(xz[..., :D_INNER], weight, conv_bias, order)
+        selective_scan_gathered(mixed, delta, A, B, C, D, xz[..., D_INNER:], bias, order=order)
+
+    return run
 
 
-def table(title: str, shapes: list[Shape], dtype: torch.dtype, gradients: bool, rounds: int) -> str:
-    """A Markdown table of milliseconds, and of percentages of the four GEMMs in the same row."""
-    rows = [measure(shape, dtype, gradients, rounds) for shape in shapes]
-    names = [name for name in COLUMNS if name in rows[0]]
-    lines = [f"### {title}", "", f"| shape | {' | '.join(names)} |", f"|---|{'---:|' * len(names)}"]
-    for shape, row in zip(shapes, rows, strict=True):
-        cells = [f"{row[name]:.2f} ({100 * row[name] / row['four GEMMs']:.1f} %)" for name in names]
-        cells[0] = f"{row['four GEMMs']:.2f}"
-        lines.append(f"| {shape} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+def _order_cost(run: Run, zigzag: list[Tensor], rounds: int) -> float:
+    candidates: dict[tuple[int, bool], Run] = {}
+    for number, order in enumerate(zigzag):
+        candidates[number, True] = functools.partial(run, order)
+        candidates[number, False] = functools.partial(run, None)
+    times = measure.medians(candidates, rounds)
+    ordered, plain = (sum(t for (_, is_ordered), t in times.items() if is_ordered == kind) for kind in (True, False))
+    return ordered / plain - 1
 
 
-def machine() -> str:
-    """The processor and what else it was doing."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        fields = dict(line.split(":", 1) for line in cpuinfo.read_text().split("\n\n")[0].splitlines() if ":" in line)
-        fields = {key.strip(): value.strip() for key, value in fields.items()}
-        name = fields.get("model name", name) + "".join(
-            f", {key} {fields[key]}" for key in ("cpu family", "model") if key in fields
-        )
-    load = f", load average {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
-    return f"{name}, {os.cpu_count()} cores{load}, torch {torch.__version__}, {torch.get_num_threads()} thread(s)"
+def _blocks_cost(l: int, rounds: int) -> float:
+    candidates = {}
+    for scan_type in ("zigzagN8", "sweepN1"):
+        config = measure.config(l, 8, scan_type=scan_type)
+        model = ZigMa(config).eval()
+        x, t = torch.randn(1, 4, *config.img_dim), torch.full((1,), 0.5)
+        candidates[scan_type] = functools.partial(model, x, t)
+    times = measure.medians(candidates, rounds)
+    return times["zigzagN8"] / times["sweepN1"] - 1
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    dtype, rounds = getattr(torch, arguments.dtype), arguments.rounds
-    wide = [Shape(1, l, 768) for l in (256, 1024, 4096)]
-    small = [Shape(24, 64, 160), Shape(32, 64, 192)]
-    sys.stdout.write(f"{machine()}, {arguments.dtype}. CPU milliseconds, and in brackets per cent of the GEMMs.\n\n")
-    sys.stdout.write(table("Forward", wide + small, dtype, False, rounds) + "\n")
-    sys.stdout.write(table("Forward and backward", wide[:2] + small, dtype, True, rounds))
+def prepare_scan(way: str, l: int) -> Run:
+    """For `measure.peak_growth`: a scan whose library is loaded and whose code has run."""
+    torch.set_grad_enabled(False)
+    Problem(16).ways(*others())[way]()
+    problem = Problem(l)
+    if way == PUBLISHED:
+        problem.inputs = problem.turned
+    return problem.ways(*others())[way]
+
+
+def memory(report: Report, options: Options) -> None:
+    l, widest = 1024 if options.quick else 4096, measure.instruction_sets()[0]
+    output = 4 * D_INNER * l
+    names = (widest, *others())
+    grown = {name: measure.peak_growth(prepare_scan, name, l) for name in names}
+    if None in grown.values():
+        report.held.append(Held("memory of the scan", None, 2, 1, note="this system does not tell a process's peak"))
+        return
+    report.table(
+        "Memory of the scan, forward", ["", *names],
+        [[f"L {l}", *(f"{size / 1e6:.0f} MB ({size / output:.2f}×)" for size in grown.values())]],
+        "How much the resident memory of a process of its own grows at its peak, inputs left out, the output included; "
+        f"in brackets in units of the output ({output / 1e6:.0f} MB).",
+    )  # fmt: skip
+    report.held.append(
+        Held(f"memory of the scan / its output, L {l}", grown[widest] / output, 2, 1.0, limit=1.0, form="{:.2f}×")
+    )
+
+
+@torch.no_grad()
+def threads(report: Report, options: Options) -> None:
+    cells = []
+    for l in (256,) if options.quick else (1024, 4096):
+        problem = Problem(l)
+        candidates = {"scan": functools.partial(problem.scan, "native"), FOUR: measure.mixer_products(1, l)[0]}
+        faster = measure.speed_up(candidates, options.rounds)
+        ratio = faster["scan"] / faster[FOUR]
+        cells.append([f"L {l}", *(f"{faster[name]:.2f}×" for name in candidates), f"{ratio:.2f}"])
+        report.held.append(
+            Held(f"1 → 2 threads: scan's speed-up / GEMMs', L {l}", ratio, 0.9, 1.0, at_least=True,
+                 limit=f"{2 / faster[FOUR]:.2f}")
+        )  # fmt: skip
+    report.table("One thread and two", ["", "scan", FOUR, "scan / GEMMs"], cells, "Speed-up in wall time.")
 
 
 if __name__ == "__main__":
-    main()
+    measure.main("scan", __doc__, run)

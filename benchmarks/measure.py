@@ -1,0 +1,306 @@
+"""What the benchmarks share: clocks, medians, memory, tables, and the sizes of a ZigMa's mixer.
+
+All sides of a comparison take turns, round after round, in one process, with the same dtype and number of threads. One
+thread is measured in the process's CPU time, which other programs disturb less; where numbers of threads are compared,
+in wall time. Absolute times move from machine to machine and with the load; ratios are what to look at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from zigma.config import ZigMaConfig
+from zigma.selective_scan import native, native_library
+
+Run = Callable[[], Any]
+WIDTH, STATES = 768, 16
+
+
+@dataclass
+class Options:
+    """rounds: of each comparison. quick: the smallest sizes alone, to see that a script runs."""
+
+    rounds: int = 9
+    quick: bool = False
+
+    def fewer(self, rounds: int) -> int:
+        """For what takes long."""
+        return min(self.rounds, rounds)
+
+
+@dataclass
+class Held:
+    """A figure beside what it is held to.
+
+    Attributes:
+        what: the figure's name.
+        value: None where this machine cannot show it; then `note` says why.
+        required, aim: None where there is none.
+        at_least: whether more is better.
+        limit: what nothing can surpass, as measured in the same run; or a word for it.
+        form: of the numbers.
+    """
+
+    what: str
+    value: float | None
+    required: float | None
+    aim: float | None
+    at_least: bool = False
+    limit: float | str | None = None
+    form: str = "{:.2f}"
+    note: str = ""
+
+    def row(self) -> str:
+        sign = "≥ " if self.at_least else "≤ "
+        required, aim = ("–" if x is None else sign + self.form.format(x) for x in (self.required, self.aim))
+        limit = "–" if self.limit is None else self.limit
+        limit = limit if isinstance(limit, str) else self.form.format(limit)
+        value = "not measured" if self.value is None else self.form.format(self.value)
+        return f"| {self.what} | {value} | {required} | {aim} | {limit} | {self.verdict()} |"
+
+    def verdict(self) -> str:
+        if self.value is None:
+            return self.note
+        sign = 1 if self.at_least else -1
+        reached = [x is not None and sign * self.value >= sign * x for x in (self.required, self.aim)]
+        verdict = "aim met" if reached[1] else "required met" if reached[0] else "**missed**"
+        return f"{verdict}; {self.note}" if self.note else verdict
+
+
+@dataclass
+class Report:
+    """What a script found: Markdown, the figures that are held to something, and numbers for the plots."""
+
+    parts: list[str] = field(default_factory=list)
+    held: list[Held] = field(default_factory=list)
+    data: dict[str, Any] = field(default_factory=dict)
+
+    def say(self, text: str) -> None:
+        self.parts.append(text.rstrip())
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], text: str = "") -> None:
+        """A Markdown table under a heading; the first column is left-aligned."""
+        lines = [f"### {title}", ""] + [text, ""] * bool(text)
+        lines += [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
+        self.say("\n".join(lines + [f"| {' | '.join(row)} |" for row in rows]))
+
+    def markdown(self) -> str:
+        return "\n\n".join(self.parts) + "\n"
+
+
+HELD_COLUMNS = "| figure | measured | required | aim | limit | |\n|---|---:|---:|---:|---:|---|"
+
+
+def held_table(held: Sequence[Held]) -> str:
+    return "\n".join([HELD_COLUMNS, *(figure.row() for figure in held)])
+
+
+def medians(
+    candidates: Mapping[str, Run], rounds: int, clock: Callable[[], float] = time.process_time,
+    at_most: Mapping[str, int] | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """Milliseconds of each candidate: the median over rounds in which all of them take their turn.
+
+    A first round is not counted. `at_most` is for candidates that take long: so many rounds, and where that is below
+    3, no first one.
+    """
+    at_most = at_most or {}
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for number in range(rounds + 1):
+            for name, run in candidates.items():
+                limit = at_most.get(name, rounds)
+                if number > limit or (number == 0 and limit < 3):
+                    continue
+                start = clock()
+                run()
+                if number:
+                    times[name].append(1000 * (clock() - start))
+            gc.collect()
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def with_threads(threads: int, run: Run) -> Run:
+    def threaded() -> None:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            run()
+        finally:
+            torch.set_num_threads(before)
+
+    return threaded
+
+
+def speed_up(candidates: Mapping[str, Run], rounds: int, threads: int = 2) -> dict[str, float]:
+    """How many times faster each candidate is with that many threads than with one, in wall time."""
+    turns = {(name, n): with_threads(n, run) for name, run in candidates.items() for n in (1, threads)}
+    times = medians(turns, rounds, time.perf_counter)
+    return {name: times[name, 1] / times[name, threads] for name in candidates}
+
+
+def with_instruction_set(name: str, run: Run) -> Run:
+    """run with that variant of the native kernel."""
+    library = native_library.load()
+
+    def forced() -> None:
+        before, library.instruction_set = library.instruction_set, name
+        try:
+            run()
+        finally:
+            library.instruction_set = before
+
+    return forced
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """Of the native kernel on this CPU, widest first; empty where there is no native kernel."""
+    return () if native.unavailable() is not None else native_library.load().instruction_sets()
+
+
+def exponentials(count: int, instruction_set: str) -> Run:
+    """So many exponentials by the kernel's own exp2, on a buffer that stays in the second-level cache."""
+    library, size = native_library.load(), 16384
+    x, y = torch.linspace(-20, 0, size), torch.empty(size)
+    # Bound once: at this size converting the arguments anew in each call would cost a tenth of the time.
+    arguments = (instruction_set.encode(), ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), size)
+    function, held = library._exp2, (x, y)
+
+    def run() -> tuple:
+        for _ in range(max(count // size, 1)):
+            function(*arguments)
+        return held
+
+    return run
+
+
+def square_product(size: int = 1536) -> tuple[Run, float]:
+    """A matrix product that shows the machine's peak, and its GFLOP."""
+    a, b, out = torch.randn(size, size), torch.randn(size, size), torch.empty(size, size)
+    return lambda: torch.mm(a, b, out=out), 2e-9 * size**3
+
+
+def mixer_products(b: int, l: int, width: int = WIDTH) -> tuple[Run, float]:
+    """in_proj, x_proj, dt_proj and out_proj of a mixer of that width, and their GFLOP."""
+    d, rank = 2 * width, -(-width // 16)
+    sizes = ((width, 2 * d), (d, rank + 2 * STATES), (rank, d), (d, width))
+    pairs = [(torch.randn(b, l, n), torch.randn(m, n) * n**-0.5) for n, m in sizes]
+
+    @torch.no_grad()
+    def run() -> None:
+        for x, weight in pairs:
+            F.linear(x, weight)
+
+    return run, 2e-9 * b * l * sum(n * m for n, m in sizes)
+
+
+def config(tokens: int, depth: int, **fields: Any) -> ZigMaConfig:
+    """A ZigMa as wide as B/2, on a square latent of that many tokens."""
+    side = round(tokens**0.5) * 2
+    return ZigMaConfig(
+        in_channels=4, embed_dim=WIDTH, depth=depth, img_dim=side, patch_size=2, drop_path_rate=0.0, **fields
+    )
+
+
+def _peak_growth(prepare: Callable[..., Run], arguments: tuple) -> float:
+    torch.set_num_threads(1)
+    run = prepare(*arguments)
+    gc.collect()
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+    def field_of_status(name: str) -> float:
+        line = next(line for line in status.read_text().splitlines() if line.startswith(name))
+        return float(line.split()[1]) * 1024
+
+    before = field_of_status("VmRSS")
+    reset.write_text("5")  # sets the peak back to what is resident now
+    run()
+    return field_of_status("VmHWM") - before
+
+
+def peak_growth(prepare: Callable[..., Run], *arguments: Any) -> float | None:
+    """Bytes by which the resident memory of a process of its own grows at its peak while it runs prepare(*arguments)().
+
+    `prepare` makes the inputs, which do not count; what the run returns does. None where there is no /proc.
+    """
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak_growth, (prepare, arguments))
+
+
+def cpu_flags() -> set[str]:
+    """Of /proc/cpuinfo; empty where there is none."""
+    return set(_cpuinfo().get("flags", _cpuinfo().get("Features", "")).split())
+
+
+def _cpuinfo() -> dict[str, str]:
+    path = Path("/proc/cpuinfo")
+    if not path.is_file():
+        return {}
+    lines = path.read_text().split("\n\n")[0].splitlines()
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def load() -> str:
+    return f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
+
+
+def machine() -> str:
+    """The processor, what of it is used, and torch."""
+    fields = _cpuinfo()
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    name += "".join(f", {key} {fields[key]}" for key in ("cpu family", "model") if key in fields)
+    sets = ", ".join(instruction_sets()) or f"none ({native.unavailable()})"
+    return f"{name}, {os.cpu_count()} cores; native kernel for {sets}; torch {torch.__version__}"
+
+
+def measured(name: str, run: Callable[[Options], Report], options: Options) -> Report:
+    """run(options) on one thread, with the machine and its load before and after at the top."""
+    torch.set_num_threads(1)
+    before, start = load(), time.perf_counter()
+    report = run(options)
+    took = time.perf_counter() - start
+    rounds = "one round of the smallest sizes" if options.quick else f"{options.rounds} rounds, fewer for what is slow"
+    report.parts.insert(
+        0, f"`benchmarks/{name}.py`: {machine()}. Load average {before} before, {load()} after, {took:.0f} s; {rounds}."
+    )
+    return report
+
+
+def options_from(doc: str, arguments: Sequence[str] | None = None) -> Options:
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9, help="of each comparison; what takes long has fewer")
+    parser.add_argument("--quick", action="store_true", help="one round of the smallest sizes: does it run?")
+    given = parser.parse_args(arguments)
+    if given.rounds < 1:
+        parser.error(f"got --rounds {given.rounds}, but expected at least 1")
+    return Options(1 if given.quick else given.rounds, given.quick)
+
+
+def main(name: str, doc: str, run: Callable[[Options], Report]) -> None:
+    """Of a script: measure and print."""
+    report = measured(name, run, options_from(doc))
+    sys.stdout.write(report.markdown() + "\n### Held to\n\n" + held_table(report.held) + "\n")

@@ -1,0 +1,68 @@
+"""The Mamba mixer against attention at the same width, and how each grows with the number of tokens.
+
+Width 768, batch 1, float32, one thread: 256, 1024, 4096 and 16384 tokens (latents of 256, 512, 1024 and 2048 pixels).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import measure
+import torch
+from measure import WIDTH, Held, Options, Report, Run
+
+from zigma.mixer import Attention, Mamba
+
+MIXER, GEMMS, ATTENTION = "Mamba mixer", "its GEMMs", "attention"
+
+
+@torch.no_grad()
+def run(options: Options) -> Report:
+    """Every table of this file."""
+    report, lengths = Report(), (256, 1024) if options.quick else (256, 1024, 4096, 16384)
+    candidates: dict[tuple[str, int], Run] = {}
+    for l in lengths:
+        config, tokens = measure.config(l, 1), torch.randn(1, l, WIDTH)
+        candidates[MIXER, l] = functools.partial(Mamba(config).eval(), tokens)
+        candidates[GEMMS, l] = measure.mixer_products(1, l)[0]
+        candidates[ATTENTION, l] = functools.partial(Attention(config).eval(), tokens)
+    # All lengths in one set of rounds, for the growth is a ratio too.
+    slow = {(MIXER, 16384): 5, (GEMMS, 16384): 5, (ATTENTION, 4096): 5, (ATTENTION, 16384): 2}
+    times = measure.medians(candidates, options.rounds, at_most=slow)
+    rows = {l: {name: times[name, l] for name in (MIXER, GEMMS, ATTENTION)} for l in lengths}
+    report.data["mixer"] = {str(l): row for l, row in rows.items()}
+    cells = [
+        [
+            str(l), *(f"{row[name]:.1f}" for name in (MIXER, GEMMS, ATTENTION)), f"{row[MIXER] / row[GEMMS]:.2f}",
+            f"{row[ATTENTION] / row[MIXER]:.2f}", f"{row[ATTENTION] / row[GEMMS]:.2f}",
+        ]
+        for l, row in rows.items()
+    ]  # fmt: skip
+    columns = ["tokens", MIXER, GEMMS, ATTENTION, "mixer / GEMMs", "attention / mixer", "if the scan were free"]
+    text = (
+        "CPU milliseconds. Attention is `zigma.mixer.Attention`, with torch's fused kernel. `if the scan were free`: "
+        "attention / the mixer's GEMMs, which no mixer of this shape can surpass."
+    )
+    report.table("The mixer against attention", columns, cells, text)
+    first, last = lengths[-2:] if options.quick else (1024, 16384)
+    grown = {name: rows[last][name] / rows[first][name] for name in (MIXER, GEMMS, ATTENTION)}
+    cells = [[f"{first} → {last}", *(f"{ratio:.1f}×" for ratio in grown.values())]]
+    report.table("Growth", ["tokens", *grown], cells, f"{last // first} times the tokens.")
+    _hold(report, rows, grown)
+    return report
+
+
+def _hold(report: Report, rows: dict[int, dict[str, float]], grown: dict[str, float]) -> None:
+    left_out = "" if 16384 in rows else "left out by --quick"
+    value, limit = (grown[MIXER], grown[GEMMS]) if not left_out else (None, None)
+    report.held.append(Held("mixer, 1024 → 16384 tokens", value, 18, 16.2, limit=limit, form="{:.1f}×", note=left_out))
+    for l, required, aim in ((4096, 2.2, 2.4), (16384, 6.3, 7.2)):
+        if not left_out:
+            value, limit = (rows[l][ATTENTION] / rows[l][name] for name in (MIXER, GEMMS))
+        report.held.append(
+            Held(f"attention / mixer, {l} tokens", value, required, aim, at_least=True, limit=limit, note=left_out)
+        )
+
+
+if __name__ == "__main__":
+    measure.main("mixer", __doc__, run)

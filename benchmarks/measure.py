@@ -129,7 +129,7 @@ def medians(
         for number in range(rounds + 1):
             for name, run in candidates.items():
                 limit = at_most.get(name, rounds)
-                if number > limit or (number == 0 and limit < 3):
+                if number > limit or (number == 0 and at_most.get(name, 3) < 3):
                     continue
                 start = clock()
                 run()

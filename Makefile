@@ -6,6 +6,7 @@ TORCH ?= torch==2.13.0
 PROMPT ?=
 OUTPUT ?= output/demo.png
 ARGS ?=
+DATA ?=
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -18,7 +19,7 @@ help:
 	@echo 'make test                      lint, then run the tests'
 	@echo 'make lint                      ruff alone'
 	@echo 'make native                    build the CPU scan kernel from native/'
-	@echo 'make bench                     run the benchmarks'
+	@echo 'make bench                     measure, and write docs/performance.md; DATA=... for retrieval'
 	@echo 'make comfyui COMFYUI_PATH=...  run workflows/ in a real ComfyUI and save its pictures'
 	@echo 'make test-host COMFYUI_PATH=...  run the tests that need a real ComfyUI'
 	@echo 'make clean                     remove .venv, output/ and caches'
@@ -43,7 +44,8 @@ lint: $(VENV)/ready
 	@$(PY) -m ruff check .
 
 bench: $(VENV)/ready-bench
-	@for script in benchmarks/[a-z]*.py; do echo "$$script"; $(PY) "$$script" $(ARGS) || exit 1; done
+	@$(PY) benchmarks/report.py $(ARGS)
+	@$(PY) benchmarks/retrieval.py $(if $(DATA),--data '$(DATA)')
 
 native: $(VENV)/ready
 	@$(PY) native/build.py $(ARGS)

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -222,6 +223,14 @@ def config(tokens: int, depth: int, **fields: Any) -> ZigMaConfig:
     return ZigMaConfig(
         in_channels=4, embed_dim=WIDTH, depth=depth, img_dim=side, patch_size=2, drop_path_rate=0.0, **fields
     )
+
+
+def layer(kind: type[nn.Module], tokens: int, **options: Any) -> nn.Module:
+    """A mixer of that class with its initial values, which the model would give it."""
+    sizes = config(tokens, 1)
+    made = kind(sizes, **options).eval()
+    made.reset_parameters(sizes)
+    return made
 
 
 def _peak_growth(prepare: Callable[..., Run], arguments: tuple) -> float:

@@ -22,10 +22,10 @@ def run(options: Options) -> Report:
     report, lengths = Report(), (256, 1024) if options.quick else (256, 1024, 4096, 16384)
     candidates: dict[tuple[str, int], Run] = {}
     for l in lengths:
-        config, tokens = measure.config(l, 1), torch.randn(1, l, WIDTH)
-        candidates[MIXER, l] = functools.partial(Mamba(config).eval(), tokens)
+        tokens = torch.randn(1, l, WIDTH)
+        candidates[MIXER, l] = functools.partial(measure.layer(Mamba, l), tokens)
         candidates[GEMMS, l] = measure.mixer_products(1, l)[0]
-        candidates[ATTENTION, l] = functools.partial(Attention(config).eval(), tokens)
+        candidates[ATTENTION, l] = functools.partial(measure.layer(Attention, l), tokens)
     # All lengths in one set of rounds, for the growth is a ratio too.
     slow = {(MIXER, 16384): 5, (GEMMS, 16384): 5, (ATTENTION, 4096): 5, (ATTENTION, 16384): 2}
     times = measure.medians(candidates, options.rounds, at_most=slow)

@@ -221,7 +221,7 @@ def orders(report: Report, options: Options) -> None:
     for l in (256,) if options.quick else (1024, 4096):
         side = round(l**0.5)
         zigzag = LayerSchedule("zigzagN8", 8).orders(side, side)
-        mixer, tokens = Mamba(measure.config(l, 1)).eval(), torch.randn(1, l, WIDTH)
+        mixer, tokens = measure.layer(Mamba, l), torch.randn(1, l, WIDTH)
         ratios = [
             _order_cost(_pair(l), zigzag, options.fewer(5)),
             _order_cost(functools.partial(mixer, tokens), zigzag, options.fewer(3)),

@@ -113,24 +113,23 @@ def held_table(held: Sequence[Held]) -> str:
     return "\n".join([HELD_COLUMNS, *(figure.row() for figure in held)])
 
 
-def medians(
-    candidates: Mapping[str, Run], rounds: int, clock: Callable[[], float] = time.process_time,
-    at_most: Mapping[str, int] | None = None,
-) -> dict[str, float]:  # fmt: skip
-    """Milliseconds of each candidate: the median over rounds in which all of them take their turn.
+def turns(
+    candidates: Mapping[Any, Run], rounds: int, clock: Callable[[], float] = time.process_time,
+    at_most: Mapping[Any, int] | None = None,
+) -> dict[Any, list[float]]:  # fmt: skip
+    """Milliseconds of each candidate in each of the rounds, in which all of them take their turn.
 
     A first round is not counted. `at_most` is for candidates that take long: so many rounds, and where that is below
     3, no first one.
     """
     at_most = at_most or {}
-    times: dict[str, list[float]] = {name: [] for name in candidates}
+    times: dict[Any, list[float]] = {name: [] for name in candidates}
     collecting = gc.isenabled()
     gc.disable()
     try:
         for number in range(rounds + 1):
             for name, run in candidates.items():
-                limit = at_most.get(name, rounds)
-                if number > limit or (number == 0 and at_most.get(name, 3) < 3):
+                if number > at_most.get(name, rounds) or (number == 0 and at_most.get(name, 3) < 3):
                     continue
                 start = clock()
                 run()
@@ -140,7 +139,19 @@ def medians(
     finally:
         if collecting:
             gc.enable()
+    return times
+
+
+def medians(candidates: Mapping[Any, Run], rounds: int, *arguments: Any, **settings: Any) -> dict[Any, float]:
+    """The median of each candidate's `turns`, in milliseconds."""
+    times = turns(candidates, rounds, *arguments, **settings)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def ratio(run: Run, other: Run, rounds: int) -> float:
+    """run / other: the median of the rounds' own ratios, for differences smaller than the drift of a machine."""
+    times = turns({"run": run, "other": other}, rounds)
+    return statistics.median(a / b for a, b in zip(times["run"], times["other"], strict=True))
 
 
 def with_threads(threads: int, run: Run) -> Run:
@@ -157,8 +168,8 @@ def with_threads(threads: int, run: Run) -> Run:
 
 def speed_up(candidates: Mapping[str, Run], rounds: int, threads: int = 2) -> dict[str, float]:
     """How many times faster each candidate is with that many threads than with one, in wall time."""
-    turns = {(name, n): with_threads(n, run) for name, run in candidates.items() for n in (1, threads)}
-    times = medians(turns, rounds, time.perf_counter)
+    ways = {(name, n): with_threads(n, run) for name, run in candidates.items() for n in (1, threads)}
+    times = medians(ways, rounds, time.perf_counter)
     return {name: times[name, 1] / times[name, threads] for name in candidates}
 
 

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -197,6 +198,21 @@ def test_a_failed_self_test_is_one_sentence_and_is_not_repeated(monkeypatch):
             "Triton failed its self-test on GPU 7 (relative error 1.0e+00), update triton and the driver of the GPU"
         )
     assert calls == [torch.device("cuda", 7)]
+
+
+@needs_triton
+def test_turing_takes_bfloat16_only_from_triton_that_can_compile_it(monkeypatch):
+    import triton
+
+    tensor = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    for version, capability, taken in [("3.2.0", (7, 5), False), ("3.2.0", (8, 0), True), ("3.3.1", (7, 5), True)]:
+        monkeypatch.setattr(triton, "__version__", version)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index, capability=capability: capability)
+        triton_backend._without_bfloat16.cache_clear()
+        reason = triton_backend.unsupported(tensor)
+        assert reason is None if taken else "takes bfloat16 on GPU 0 from Triton 3.3 on, not with 3.2.0" in reason
+    triton_backend._without_bfloat16.cache_clear()
 
 
 def test_triton_is_not_imported_before_it_is_used():

@@ -63,7 +63,21 @@ def unsupported(*tensors: Tensor | None) -> str | None:
             return f"works on GPUs (and with TRITON_INTERPRET=1, for tests, on the CPU), not on {t.device}"
         if t.dtype not in DTYPES:
             return f"takes float32, bfloat16 and float16, not {t.dtype}"
+        if t.dtype == torch.bfloat16 and t.device.type == "cuda" and (reason := _without_bfloat16(t.device.index)):
+            return reason
     return None
+
+
+@functools.cache
+def _without_bfloat16(index: int | None) -> str | None:
+    """Turing and older lack the instructions, which Triton writes all the same before version 3.3."""
+    import triton
+
+    release = tuple(map(int, triton.__version__.split(".")[:2]))
+    if torch.version.hip or release >= (3, 3) or torch.cuda.get_device_capability(index) >= (8, 0):
+        return None
+    name = torch.cuda.get_device_name(index)
+    return f"takes bfloat16 on {name} from Triton 3.3 on, not with {triton.__version__}: use float16, or update torch"
 
 
 def describe() -> str:

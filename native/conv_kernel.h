@@ -1,4 +1,4 @@
-/* Gather, depthwise causal convolution and SiLU on one unit of channels, in chunks of steps like the scan. */
+/* Gather, depthwise causal convolution and SiLU on some units of channels, in chunks of steps like the scan. */
 #ifndef ZIGMA_CONV_KERNEL_H
 #define ZIGMA_CONV_KERNEL_H
 
@@ -52,9 +52,9 @@ INLINE void conv_forward_vector(int64_t width, const conv_job *job, const conv_p
     store_steps(&job->args->out, batch, at->out, at->steps, channel, count, w->p);
 }
 
-static void conv_forward(const conv_job *job, int64_t batch, int64_t unit, float *workspace) {
+static void conv_forward(const conv_job *job, int64_t batch, int64_t unit, int64_t units, float *workspace) {
     const zs_conv_args *a = job->args;
-    const int64_t first = unit * UNIT_CHANNELS, last = min64(a->channels, first + UNIT_CHANNELS);
+    const int64_t first = unit * UNIT_CHANNELS, last = min64(a->channels, first + units * UNIT_CHANNELS);
     for (int64_t chunk = 0; chunk < (a->length + CHUNK - 1) / CHUNK; chunk++) {
         conv_place at = enter_conv_chunk(a, chunk);
         for (int64_t channel = first; channel < last; channel += LANES) {
@@ -99,12 +99,12 @@ INLINE void conv_backward_vector(int64_t width, const conv_job *job, const conv_
     memcpy(carry, w->dp, (size_t)((width - 1) * LANES) * sizeof(float));
 }
 
-static void conv_backward(const conv_job *job, int64_t batch, int64_t unit, float *workspace) {
+static void conv_backward(const conv_job *job, int64_t batch, int64_t unit, int64_t units, float *workspace) {
     const zs_conv_args *a = job->args;
-    const int64_t first = unit * UNIT_CHANNELS, last = min64(a->channels, first + UNIT_CHANNELS);
+    const int64_t first = unit * UNIT_CHANNELS, last = min64(a->channels, first + units * UNIT_CHANNELS);
     conv_steps *steps = (conv_steps *)workspace;
     float *carries = (float *)(steps + 1); /* [vector][k - 1][LANES] */
-    memset(carries, 0, (size_t)((a->width - 1) * UNIT_CHANNELS) * sizeof(float));
+    memset(carries, 0, (size_t)((a->width - 1) * units * UNIT_CHANNELS) * sizeof(float));
     for (int64_t chunk = (a->length + CHUNK - 1) / CHUNK - 1; chunk >= 0; chunk--) {
         conv_place at = enter_conv_chunk(a, chunk);
         for (int64_t channel = first; channel < last; channel += LANES) {
@@ -117,9 +117,9 @@ static void conv_backward(const conv_job *job, int64_t batch, int64_t unit, floa
     }
 }
 
-static int64_t conv_workspace(const conv_job *job, int backward) {
+static int64_t conv_workspace(const conv_job *job, int64_t units, int backward) {
     int64_t steps = (int64_t)(sizeof(conv_steps) / sizeof(float));
-    return backward ? steps + (job->args->width - 1) * UNIT_CHANNELS : steps;
+    return backward ? steps + (job->args->width - 1) * units * UNIT_CHANNELS : steps;
 }
 
 #endif

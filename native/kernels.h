@@ -1,6 +1,7 @@
-/* What one instruction-set variant offers to library.c: work on one unit (a batch entry and UNIT_CHANNELS of
- * its channels). The partition does not depend on the instruction set or on the number of threads, and sums over
- * units are taken in a fixed order, so results do not depend on the number of threads either. */
+/* What one instruction-set variant offers to library.c: work on units (a batch entry and UNIT_CHANNELS of its
+ * channels). The units do not depend on the instruction set or on the number of threads, and sums over units are taken
+ * in a fixed order, so results do not depend on the number of threads either. What does is how many units a task takes
+ * side by side: the more, the longer the pieces of rows that are read together. */
 #ifndef ZIGMA_KERNELS_H
 #define ZIGMA_KERNELS_H
 
@@ -30,12 +31,13 @@ typedef struct {
 typedef struct {
     const char *name;
     int64_t lanes; /* channels per vector */
-    int64_t (*scan_workspace)(const scan_job *, int backward);  /* floats per thread */
-    void (*scan_forward)(const scan_job *, int64_t batch, int64_t unit, float *workspace);
-    void (*scan_backward)(const scan_job *, int64_t batch, int64_t unit, float *workspace);
-    int64_t (*conv_workspace)(const conv_job *, int backward);
-    void (*conv_forward)(const conv_job *, int64_t batch, int64_t unit, float *workspace);
-    void (*conv_backward)(const conv_job *, int64_t batch, int64_t unit, float *workspace);
+    /* Units `unit` to `unit + units - 1`, as far as there are that many; workspaces in floats per thread */
+    int64_t (*scan_workspace)(const scan_job *, int64_t units, int backward);
+    void (*scan_forward)(const scan_job *, int64_t batch, int64_t unit, int64_t units, float *workspace);
+    void (*scan_backward)(const scan_job *, int64_t batch, int64_t unit, int64_t units, float *workspace);
+    int64_t (*conv_workspace)(const conv_job *, int64_t units, int backward);
+    void (*conv_forward)(const conv_job *, int64_t batch, int64_t unit, int64_t units, float *workspace);
+    void (*conv_backward)(const conv_job *, int64_t batch, int64_t unit, int64_t units, float *workspace);
     void (*norm_rows)(const zs_norm_args *, int64_t batch, int64_t block, float *workspace);
     void (*norm_rows_backward)(const zs_norm_args *, int64_t batch, int64_t block, float *workspace, float *sums);
     void (*exp2)(const float *x, float *y, int64_t count);  /* for the accuracy test */

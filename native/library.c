@@ -37,6 +37,7 @@ EXPORT int64_t zs_exp2(const char *instruction_set, const float *x, float *y, in
 /* ---- helpers ---- */
 
 static int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t units_of(int64_t channels) { return (channels + UNIT_CHANNELS - 1) / UNIT_CHANNELS; }
 
 /* An order has to visit every row once: a row left out would never be written. */
@@ -77,21 +78,44 @@ static void store_row(const zs_rows *t, int64_t batch, int64_t row, int64_t coun
     }
 }
 
+/* How units are dealt out: a task takes `units` of them, of one batch entry. */
+typedef struct {
+    int64_t threads, units, tasks, tasks_per_entry;
+} division;
+
+/* As many units to a task as leave every thread two tasks or more, to even things out; but what a task carries from
+ * chunk to chunk, `carried` floats per channel, has to stay in the second-level cache. */
+static division divide(int64_t threads, int64_t batch, int64_t units, int64_t carried) {
+    enum { CACHED_FLOATS = 1 << 16, TASKS_PER_THREAD = 2 };
+    division d = {.threads = threads, .units = min64(units, CACHED_FLOATS / (UNIT_CHANNELS * (carried + 1)))};
+    if (d.units < 1) d.units = 1;
+    while (threads > 1 && d.units > 1 && batch * ((units + d.units - 1) / d.units) < TASKS_PER_THREAD * threads)
+        d.units--;
+    d.tasks_per_entry = (units + d.units - 1) / d.units;
+    d.tasks = batch * d.tasks_per_entry;
+    return d;
+}
+
 /* ---- scan ---- */
 
 typedef struct {
     const zs_kernels *kernels;
     scan_job job;
+    division division;
 } scan_run;
 
 static void forward_task(void *context, int64_t task, float *workspace) {
     scan_run *run = context;
-    run->kernels->scan_forward(&run->job, task / run->job.units, task % run->job.units, workspace);
+    const division *d = &run->division;
+    const int64_t batch = task / d->tasks_per_entry, unit = task % d->tasks_per_entry * d->units;
+    run->kernels->scan_forward(&run->job, batch, unit, d->units, workspace);
 }
 
 static void backward_task(void *context, int64_t task, float *workspace) {
     scan_run *run = context;
-    run->kernels->scan_backward(&run->job, task / run->job.units, task % run->job.units, workspace);
+    const division *d = &run->division;
+    const int64_t batch = task / d->tasks_per_entry, unit = task % d->tasks_per_entry * d->units;
+    run->kernels->scan_backward(&run->job, batch, unit, d->units, workspace);
 }
 
 /* dB and dC of one batch entry: the units' partial sums added in order of unit. */
@@ -142,6 +166,10 @@ static float dt_limit(const scan_job *job, int64_t lanes, int64_t channel) {
     return largest > 0 ? 125 / largest : INFINITY;
 }
 
+static int64_t scan_threads(const zs_scan_args *a) {
+    return zs_useful_threads(a->threads, a->batch * a->length * a->channels * a->states);
+}
+
 static int open_scan(scan_run *run, const zs_scan_args *a, const char *instruction_set) {
     run->kernels = find_kernels(instruction_set);
     if (!run->kernels || a->states > ZS_MAX_STATES) return ZS_UNSUPPORTED;
@@ -155,6 +183,7 @@ static int open_scan(scan_run *run, const zs_scan_args *a, const char *instructi
                       .chunks = (a->length + CHUNK - 1) / CHUNK,
                       .padded = round_up(a->channels, lanes),
                       .states = round_up(a->states, BLOCK)};
+    run->division = divide(scan_threads(a), a->batch, job->units, job->states);
     job->A_packed = zeros(job->padded * (job->states + 1));
     if (!job->A_packed) return ZS_NO_MEMORY;
     job->dt_limit = job->A_packed + job->padded * job->states;
@@ -163,10 +192,6 @@ static int open_scan(scan_run *run, const zs_scan_args *a, const char *instructi
             job->A_packed[(c / lanes * job->states + i) * lanes + c % lanes] = a->A[c * a->states + i] * LOG2E;
     for (int64_t c = 0; c < job->padded; c++) job->dt_limit[c] = dt_limit(job, lanes, c);
     return ZS_OK;
-}
-
-static int64_t scan_threads(const zs_scan_args *a) {
-    return zs_useful_threads(a->threads, a->batch * a->length * a->channels * a->states);
 }
 
 /* Size of `checkpoints`; -1 if the instruction set is not available here. */
@@ -182,8 +207,8 @@ EXPORT int64_t zs_scan_forward(const char *instruction_set, const zs_scan_args *
     scan_run run;
     int status = open_scan(&run, a, instruction_set);
     if (status != ZS_OK) return status;
-    status = zs_parallel(scan_threads(a), a->batch * run.job.units, run.kernels->scan_workspace(&run.job, 0),
-                         forward_task, &run);
+    const division *d = &run.division;
+    status = zs_parallel(d->threads, d->tasks, run.kernels->scan_workspace(&run.job, d->units, 0), forward_task, &run);
     zs_release(run.job.A_packed);
     return status;
 }
@@ -193,14 +218,14 @@ EXPORT int64_t zs_scan_backward(const char *instruction_set, const zs_scan_args 
     int status = open_scan(&run, a, instruction_set);
     if (status != ZS_OK) return status;
     scan_job *job = &run.job;
+    const division *d = &run.division;
     job->BC_partial = floats(a->batch * job->units * a->length * 2 * a->states);
     job->A_partial = zeros(a->batch * job->padded * job->states);
     job->D_partial = zeros(a->batch * job->padded);
     job->bias_partial = zeros(a->batch * job->padded);
     status = ZS_NO_MEMORY;
     if (job->BC_partial && job->A_partial && job->D_partial && job->bias_partial)
-        status = zs_parallel(scan_threads(a), a->batch * job->units, run.kernels->scan_workspace(job, 1),
-                             backward_task, &run);
+        status = zs_parallel(d->threads, d->tasks, run.kernels->scan_workspace(job, d->units, 1), backward_task, &run);
     if (status == ZS_OK) {
         for (int64_t batch = 0; batch < a->batch; batch++) sum_rows(job, batch);
         sum_parameters(&run);
@@ -218,16 +243,25 @@ EXPORT int64_t zs_scan_backward(const char *instruction_set, const zs_scan_args 
 typedef struct {
     const zs_kernels *kernels;
     conv_job job;
+    division division;
 } conv_run;
 
 static void conv_forward_task(void *context, int64_t task, float *workspace) {
     conv_run *run = context;
-    run->kernels->conv_forward(&run->job, task / run->job.units, task % run->job.units, workspace);
+    const division *d = &run->division;
+    const int64_t batch = task / d->tasks_per_entry, unit = task % d->tasks_per_entry * d->units;
+    run->kernels->conv_forward(&run->job, batch, unit, d->units, workspace);
 }
 
 static void conv_backward_task(void *context, int64_t task, float *workspace) {
     conv_run *run = context;
-    run->kernels->conv_backward(&run->job, task / run->job.units, task % run->job.units, workspace);
+    const division *d = &run->division;
+    const int64_t batch = task / d->tasks_per_entry, unit = task % d->tasks_per_entry * d->units;
+    run->kernels->conv_backward(&run->job, batch, unit, d->units, workspace);
+}
+
+static int64_t conv_threads(const zs_conv_args *a) {
+    return zs_useful_threads(a->threads, a->batch * a->length * a->channels * (a->width + 2));
 }
 
 static int open_conv(conv_run *run, const zs_conv_args *a, const char *instruction_set) {
@@ -237,6 +271,7 @@ static int open_conv(conv_run *run, const zs_conv_args *a, const char *instructi
     if (status != ZS_OK) return status;
     conv_job *job = &run->job;
     *job = (conv_job){.args = a, .units = units_of(a->channels)};
+    run->division = divide(conv_threads(a), a->batch, job->units, a->width);
     job->padded = round_up(a->channels, run->kernels->lanes);
     job->weight_packed = zeros((a->width + 1) * job->padded);
     if (!job->weight_packed) return ZS_NO_MEMORY;
@@ -247,16 +282,13 @@ static int open_conv(conv_run *run, const zs_conv_args *a, const char *instructi
     return ZS_OK;
 }
 
-static int64_t conv_threads(const zs_conv_args *a) {
-    return zs_useful_threads(a->threads, a->batch * a->length * a->channels * (a->width + 2));
-}
-
 EXPORT int64_t zs_conv_forward(const char *instruction_set, const zs_conv_args *a) {
     conv_run run;
     int status = open_conv(&run, a, instruction_set);
     if (status != ZS_OK) return status;
-    status = zs_parallel(conv_threads(a), a->batch * run.job.units, run.kernels->conv_workspace(&run.job, 0),
-                         conv_forward_task, &run);
+    const division *d = &run.division;
+    status = zs_parallel(d->threads, d->tasks, run.kernels->conv_workspace(&run.job, d->units, 0), conv_forward_task,
+                         &run);
     zs_release(run.job.weight_packed);
     return status;
 }
@@ -276,10 +308,11 @@ EXPORT int64_t zs_conv_backward(const char *instruction_set, const zs_conv_args 
     conv_run run;
     int status = open_conv(&run, a, instruction_set);
     if (status != ZS_OK) return status;
+    const division *d = &run.division;
     run.job.weight_partial = zeros(a->batch * (a->width + 1) * run.job.padded);
     status = ZS_NO_MEMORY;
     if (run.job.weight_partial)
-        status = zs_parallel(conv_threads(a), a->batch * run.job.units, run.kernels->conv_workspace(&run.job, 1),
+        status = zs_parallel(d->threads, d->tasks, run.kernels->conv_workspace(&run.job, d->units, 1),
                              conv_backward_task, &run);
     if (status == ZS_OK) sum_conv_parameters(&run.job);
     zs_release(run.job.weight_partial);

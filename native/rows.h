@@ -42,6 +42,30 @@ INLINE void store_steps(const zs_rows *t, int64_t batch, const int64_t *rows, in
         vstore_row(t->data, t->dtype, row_offset(t, batch, rows[k]) + channel, count, vload(from + k * LANES));
 }
 
+/* One vector of channels of one row. plain: it is known to be float and whole, see is_plain. The next cache line is asked
+ * for at the same time, as above. */
+INLINE vec load_step(int plain, const zs_rows *t, int64_t batch, int64_t row, int64_t channel, int64_t count) {
+    const int64_t offset = row_offset(t, batch, row) + channel;
+    if (!plain) return vload_row(t->data, t->dtype, offset, count);
+    const float *from = (const float *)t->data + offset;
+    vprefetch(from + LANES);
+    return vload(from);
+}
+
+INLINE void store_step(int plain, const zs_rows *t, int64_t batch, int64_t row, int64_t channel, int64_t count, vec x) {
+    const int64_t offset = row_offset(t, batch, row) + channel;
+    if (!plain) {
+        vstore_row(t->data, t->dtype, offset, count, x);
+        return;
+    }
+    float *to = (float *)t->data + offset;
+    vprefetch(to + LANES);
+    vstore(to, x);
+}
+
+/* Whether vectors of this tensor are float and whole; an absent one does not matter. */
+INLINE int is_plain(const zs_rows *t, int64_t count) { return (!t->data || t->dtype == ZS_F32) && count >= LANES; }
+
 INLINE vec load_channels(const float *values, int64_t channel, int64_t count) {
     return values ? vload_row(values, ZS_F32, channel, count) : vset(0.0f);
 }

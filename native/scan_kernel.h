@@ -1,4 +1,4 @@
-/* The selective scan on one unit of channels.
+/* The selective scan on some units of channels.
  *
  * Time is cut into chunks of CHUNK steps. Within a chunk each vector of LANES channels is carried through all its
  * steps with its states in registers, then the next vector takes the same rows: memory is read along rows, and the
@@ -14,9 +14,9 @@ typedef struct {
     int64_t in[CHUNK], out[CHUNK];  /* rows of the chunk's steps */
 } place;
 
-static place enter_unit(const scan_job *job, int64_t batch, int64_t unit) {
+static place enter_units(const scan_job *job, int64_t batch, int64_t unit, int64_t units) {
     place p = {.batch = batch, .first = unit * UNIT_CHANNELS};
-    p.vectors = (min64(job->args->channels - p.first, UNIT_CHANNELS) + LANES - 1) / LANES;
+    p.vectors = (min64(job->args->channels - p.first, units * UNIT_CHANNELS) + LANES - 1) / LANES;
     return p;
 }
 
@@ -91,53 +91,65 @@ INLINE void recur(int64_t n, int64_t steps, const float *A, const float *B, cons
 
 /* One vector of channels over one chunk, each array [step][LANES]. */
 typedef struct {
-    float u[CHUNK * LANES], dt[CHUNK * LANES], dtu[CHUNK * LANES], z[CHUNK * LANES], y[CHUNK * LANES];
-    float e[CHUNK * LANES], decays[CHUNK * BLOCK * LANES];
+    float dt[CHUNK * LANES], dtu[CHUNK * LANES], y[CHUNK * LANES], e[CHUNK * LANES], decays[CHUNK * BLOCK * LANES];
 } forward_steps;
 
-static void forward_vector(const scan_job *job, const place *p, int64_t channel, int64_t count,
+/* Rows are read where they are needed, between the exponentials: what misses the cache is waited for meanwhile. */
+INLINE void forward_vector(int plain, const scan_job *job, const place *p, int64_t channel, int64_t count,
                            const float *B, const float *C, float *state, forward_steps *w) {
     const zs_scan_args *a = job->args;
-    const int64_t n = job->states, size = p->steps * LANES;
-    load_steps(&a->u, p->batch, p->in, p->steps, channel, count, w->u);
-    load_steps(&a->delta, p->batch, p->in, p->steps, channel, count, w->dt);
-    if (a->z.data) load_steps(&a->z, p->batch, p->out, p->steps, channel, count, w->z);
+    const int64_t n = job->states, steps = p->steps;
     vec bias = load_channels(a->delta_bias, channel, count), D = load_channels(a->D, channel, count);
-    if (a->delta_softplus)
-        for (int64_t k = 0; k < size; k += LANES) vstore(w->e + k, vexp_minus_abs(vload(w->dt + k) + bias));
-    for (int64_t k = 0; k < size; k += LANES) {
-        vec t = vload(w->dt + k) + bias, u = vload(w->u + k);
-        if (a->delta_softplus) t = vsoftplus(t, vload(w->e + k));
-        vstore(w->dt + k, t);
-        vstore(w->dtu + k, t * u);
-        vstore(w->y + k, D * u);
+    if (a->delta_softplus) {
+        for (int64_t k = 0; k < steps; k++) {
+            vec t = load_step(plain, &a->delta, p->batch, p->in[k], channel, count) + bias;
+            vstore(w->dt + k * LANES, t);
+            vstore(w->e + k * LANES, vexp_minus_abs(t));
+        }
+        for (int64_t k = 0; k < steps * LANES; k += LANES)
+            vstore(w->dt + k, vsoftplus(vload(w->dt + k), vload(w->e + k)));
+    } else {
+        for (int64_t k = 0; k < steps; k++)
+            vstore(w->dt + k * LANES, load_step(plain, &a->delta, p->batch, p->in[k], channel, count) + bias);
     }
-    const int small = DECAYS_FIRST && decays_are_small(job, w->dt, size, channel);
+    for (int64_t k = 0; k < steps; k++) {
+        vec u = load_step(plain, &a->u, p->batch, p->in[k], channel, count);
+        vstore(w->dtu + k * LANES, vload(w->dt + k * LANES) * u);
+        vstore(w->y + k * LANES, D * u);
+    }
+    const int small = DECAYS_FIRST && decays_are_small(job, w->dt, steps * LANES, channel);
     for (int64_t i = 0; i < n; i += BLOCK) {
         const float *A = job->A_packed + channel * n + i * LANES;
-        if (DECAYS_FIRST) compute_decays(p->steps, small, A, w->dt, w->decays);
-        recur(n, p->steps, A, B + i, C + i, w->dt, w->dtu, w->decays, state + i * LANES, w->y);
+        if (DECAYS_FIRST) compute_decays(steps, small, A, w->dt, w->decays);
+        recur(n, steps, A, B + i, C + i, w->dt, w->dtu, w->decays, state + i * LANES, w->y);
     }
     if (a->z.data) {
-        for (int64_t k = 0; k < size; k += LANES) vstore(w->e + k, vexp_minus_abs(vload(w->z + k)));
-        for (int64_t k = 0; k < size; k += LANES) {
-            vec z = vload(w->z + k);
-            vstore(w->y + k, vload(w->y + k) * z * vsigmoid(z, vload(w->e + k)));
+        for (int64_t k = 0; k < steps; k++) {
+            vec z = load_step(plain, &a->z, p->batch, p->out[k], channel, count);
+            vstore(w->y + k * LANES, vload(w->y + k * LANES) * z);
+            vstore(w->dt + k * LANES, z);
+            vstore(w->e + k * LANES, vexp_minus_abs(z));
         }
+        for (int64_t k = 0; k < steps; k++) {
+            vec y = vload(w->y + k * LANES) * vsigmoid(vload(w->dt + k * LANES), vload(w->e + k * LANES));
+            store_step(plain, &a->out, p->batch, p->out[k], channel, count, y);
+        }
+    } else {
+        for (int64_t k = 0; k < steps; k++)
+            store_step(plain, &a->out, p->batch, p->out[k], channel, count, vload(w->y + k * LANES));
     }
-    store_steps(&a->out, p->batch, p->out, p->steps, channel, count, w->y);
 }
 
 static int64_t checkpoint_offset(const scan_job *job, int64_t batch, int64_t chunk, int64_t channel) {
     return ((batch * job->chunks + chunk) * job->padded + channel) * job->states;
 }
 
-static void scan_forward(const scan_job *job, int64_t batch, int64_t unit, float *workspace) {
+static void scan_forward(const scan_job *job, int64_t batch, int64_t unit, int64_t units, float *workspace) {
     const zs_scan_args *a = job->args;
     const int64_t n = job->states;
-    float *state = workspace, *B = state + UNIT_CHANNELS * n, *C = B + CHUNK * n;
+    float *state = workspace, *B = state + units * UNIT_CHANNELS * n, *C = B + CHUNK * n;
     forward_steps *steps = (forward_steps *)(C + CHUNK * n);
-    place p = enter_unit(job, batch, unit);
+    place p = enter_units(job, batch, unit, units);
     memset(state, 0, (size_t)(p.vectors * LANES * n) * sizeof(float));
     for (int64_t chunk = 0; chunk < job->chunks; chunk++) {
         enter_chunk(&p, a, chunk);
@@ -148,7 +160,10 @@ static void scan_forward(const scan_job *job, int64_t batch, int64_t unit, float
                    (size_t)(p.vectors * LANES * n) * sizeof(float));
         for (int64_t v = 0; v < p.vectors; v++) {
             int64_t channel = p.first + v * LANES, count = a->channels - channel;
-            forward_vector(job, &p, channel, count, B, C, state + v * LANES * n, steps);
+            if (is_plain(&a->u, count) && is_plain(&a->delta, count) && is_plain(&a->z, count) && is_plain(&a->out, count))
+                forward_vector(1, job, &p, channel, count, B, C, state + v * LANES * n, steps);
+            else
+                forward_vector(0, job, &p, channel, count, B, C, state + v * LANES * n, steps);
         }
     }
 }
@@ -297,35 +312,46 @@ static void backward_vector(const scan_job *job, const place *p, int64_t channel
     vstore(job->bias_partial + at, vload(job->bias_partial + at) + dbias);
 }
 
-static void scan_backward(const scan_job *job, int64_t batch, int64_t unit, float *workspace) {
+/* One unit of a chunk; the sums over its channels go to its own slot: units are added up afterwards, in their order. */
+static void backward_unit(const scan_job *job, const place *p, int64_t chunk, int64_t unit, const float *B,
+                          const float *C, float *dBC, float *carry, backward_steps *steps) {
     const zs_scan_args *a = job->args;
-    const int64_t n = job->states, rows = CHUNK * n;
-    float *B = workspace, *C = B + rows, *dB = C + rows, *dC = dB + rows, *carry = dC + rows;
-    backward_steps *steps = (backward_steps *)(carry + UNIT_CHANNELS * n);
-    place p = enter_unit(job, batch, unit);
+    const int64_t n = job->states;
+    const place q = enter_units(job, p->batch, unit, 1);
+    float *dB = dBC, *dC = dBC + CHUNK * n;
+    memset(dBC, 0, (size_t)(2 * CHUNK * n) * sizeof(float));
+    for (int64_t v = 0; v < q.vectors; v++) {
+        int64_t channel = q.first + v * LANES;
+        backward_vector(job, p, channel, a->channels - channel, chunk, B, C, dB, dC,
+                        carry + (channel - p->first) * n, steps);
+    }
+    float *to = job->BC_partial + ((p->batch * job->units + unit) * a->length + p->start) * 2 * a->states;
+    for (int64_t k = 0; k < p->steps; k++, to += 2 * a->states) {
+        memcpy(to, dB + k * n, (size_t)a->states * sizeof(float));
+        memcpy(to + a->states, dC + k * n, (size_t)a->states * sizeof(float));
+    }
+}
+
+static void scan_backward(const scan_job *job, int64_t batch, int64_t unit, int64_t units, float *workspace) {
+    const zs_scan_args *a = job->args;
+    const int64_t n = job->states, size = CHUNK * n;
+    float *B = workspace, *C = B + size, *dBC = C + size, *carry = dBC + 2 * size;
+    backward_steps *steps = (backward_steps *)(carry + units * UNIT_CHANNELS * n);
+    place p = enter_units(job, batch, unit, units);
     memset(carry, 0, (size_t)(p.vectors * LANES * n) * sizeof(float));
     for (int64_t chunk = job->chunks - 1; chunk >= 0; chunk--) {
         enter_chunk(&p, a, chunk);
         load_chunk(job, &a->B, &p, B);
         load_chunk(job, &a->C, &p, C);
-        memset(dB, 0, (size_t)(2 * rows) * sizeof(float));
-        for (int64_t v = 0; v < p.vectors; v++) {
-            int64_t channel = p.first + v * LANES;
-            backward_vector(job, &p, channel, a->channels - channel, chunk, B, C, dB, dC, carry + v * LANES * n, steps);
-        }
-        /* the unit's own slot: units are added up afterwards, in their order */
-        float *to = job->BC_partial + ((batch * job->units + unit) * a->length + p.start) * 2 * a->states;
-        for (int64_t k = 0; k < p.steps; k++, to += 2 * a->states) {
-            memcpy(to, dB + k * n, (size_t)a->states * sizeof(float));
-            memcpy(to + a->states, dC + k * n, (size_t)a->states * sizeof(float));
-        }
+        for (int64_t i = unit; i < min64(unit + units, job->units); i++)
+            backward_unit(job, &p, chunk, i, B, C, dBC, carry, steps);
     }
 }
 
-static int64_t scan_workspace(const scan_job *job, int backward) {
-    const int64_t n = job->states;
-    if (!backward) return UNIT_CHANNELS * n + 2 * CHUNK * n + (int64_t)(sizeof(forward_steps) / sizeof(float));
-    return UNIT_CHANNELS * n + 4 * CHUNK * n + (int64_t)(sizeof(backward_steps) / sizeof(float));
+static int64_t scan_workspace(const scan_job *job, int64_t units, int backward) {
+    const int64_t n = job->states, carried = units * UNIT_CHANNELS * n;
+    if (!backward) return carried + 2 * CHUNK * n + (int64_t)(sizeof(forward_steps) / sizeof(float));
+    return carried + 4 * CHUNK * n + (int64_t)(sizeof(backward_steps) / sizeof(float));
 }
 
 #endif

@@ -104,7 +104,7 @@ def base(host, tmp_path_factory):
 def answers(host, base):
     """Every check's problem, or None, from one process inside the host."""
     command = [hosts.interpreter(host), INSIDE, host, base]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=base)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=base)
     lines = [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("CHECK ")]
     assert lines, f"{host} ran no checks:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return {line["name"]: line["problem"] for line in lines}

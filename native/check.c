@@ -33,15 +33,18 @@ static struct {
     int64_t (*exp2)(const char *, const float *, float *, int64_t);
     int64_t (*scan_forward)(const char *, const zs_scan_args *), (*scan_backward)(const char *, const zs_scan_args *);
     int64_t (*conv_forward)(const char *, const zs_conv_args *), (*conv_backward)(const char *, const zs_conv_args *);
+    int64_t (*norm_forward)(const char *, const zs_norm_args *), (*norm_backward)(const char *, const zs_norm_args *);
 } zs;
 
 static int load(const char *path) {
     void *library = open_library(path);
     if (!library) return 0;
     const char *const names[] = {"zs_abi_version",   "zs_instruction_set", "zs_checkpoint_floats", "zs_exp2",
-                                 "zs_scan_forward", "zs_scan_backward",   "zs_conv_forward",      "zs_conv_backward"};
+                                 "zs_scan_forward", "zs_scan_backward",   "zs_conv_forward",      "zs_conv_backward",
+                                 "zs_norm_forward", "zs_norm_backward"};
     void *const places[] = {&zs.abi_version,  &zs.instruction_set, &zs.checkpoint_floats, &zs.exp2,
-                            &zs.scan_forward, &zs.scan_backward,   &zs.conv_forward,      &zs.conv_backward};
+                            &zs.scan_forward, &zs.scan_backward,   &zs.conv_forward,      &zs.conv_backward,
+                            &zs.norm_forward, &zs.norm_backward};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
         void *symbol = find_symbol(library, names[i]);
         if (!symbol) return 0;
@@ -84,6 +87,8 @@ static void compare(const char *name, const tensor *got, const double *want) {
     record(name, error / scale, got->dtype, got->dtype == ZS_BF16 ? 0x1p-8 : 3e-6);
     expect(padding_is_intact(got), "the padding between rows is untouched");
 }
+
+#include "check_norm.h"
 
 /* Threads of the caller must keep their denormals. */
 static int denormals_work(void) {
@@ -233,6 +238,7 @@ static void check_instruction_set(const char *set) {
         for (int kind = 0; kind < 4; kind++)
             check_conv(set, 1 + kind % 2, 1 + 17 * kind, 133 - 31 * kind, width, kind & 1, kind < 2,
                        kind == 3 ? ZS_BF16 : ZS_F32);
+    check_norms(set);
     check_exp2(set);
     check_refusals(set);
     check_nan(set);

@@ -381,8 +381,7 @@ def scan_gradients(
             gate = _sigmoid(z_k)
             _store(d_z + dense, out_rows, channels, k_valid, d, d_valid, d_out_k * y * gate * (1 + z_k * (1 - gate)))
         sum_D += tl.sum(dy * u_k, 0)
-        # Gradients of the state pass through steps that are not there.
-        sum_bias += tl.sum(tl.where(k_valid[:, None], d_raw, 0.0), 0)
+        sum_bias += tl.sum(d_raw, 0)
     if BLOCKS_N == 1:
         _store(d_A + place * states, d, states, d_valid, n, n < states, sum_A)
     if d_D is not None:

@@ -155,15 +155,20 @@ static void sum_parameters(const scan_run *run) {
     }
 }
 
-/* What dt may be for all of a channel's exponents to stay below 125; 0 if A is not finite. */
-static float dt_limit(const scan_job *job, int64_t lanes, int64_t channel) {
-    float largest = 0;
-    for (int64_t i = 0; i < job->states; i++) {
-        const float a = fabsf(job->A_packed[(channel / lanes * job->states + i) * lanes + channel % lanes]);
-        if (!(a <= FLT_MAX)) return 0;
-        if (a > largest) largest = a;
+/* A in the kernels' order, and what dt may be for all of a channel's exponents to stay below 125: 0 if A is not finite. */
+static void pack_A(scan_job *job, int64_t lanes) {
+    const zs_scan_args *a = job->args;
+    for (int64_t c = 0; c < a->channels; c++) {
+        const float *from = a->A + c * a->states;
+        float *to = job->A_packed + c / lanes * lanes * job->states + c % lanes, largest = 0;
+        for (int64_t i = 0; i < a->states; i++) {
+            const float x = from[i] * LOG2E, magnitude = fabsf(x);
+            to[i * lanes] = x;
+            if (!(magnitude <= largest)) largest = magnitude <= FLT_MAX ? magnitude : INFINITY;
+        }
+        job->dt_limit[c] = 125 / largest;
     }
-    return largest > 0 ? 125 / largest : INFINITY;
+    for (int64_t c = a->channels; c < job->padded; c++) job->dt_limit[c] = INFINITY;
 }
 
 static int64_t scan_threads(const zs_scan_args *a) {
@@ -187,10 +192,7 @@ static int open_scan(scan_run *run, const zs_scan_args *a, const char *instructi
     job->A_packed = zeros(job->padded * (job->states + 1));
     if (!job->A_packed) return ZS_NO_MEMORY;
     job->dt_limit = job->A_packed + job->padded * job->states;
-    for (int64_t c = 0; c < a->channels; c++)
-        for (int64_t i = 0; i < a->states; i++)
-            job->A_packed[(c / lanes * job->states + i) * lanes + c % lanes] = a->A[c * a->states + i] * LOG2E;
-    for (int64_t c = 0; c < job->padded; c++) job->dt_limit[c] = dt_limit(job, lanes, c);
+    pack_A(job, lanes);
     return ZS_OK;
 }
 

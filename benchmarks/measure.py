@@ -38,7 +38,7 @@ WIDTH, STATES = 768, 16
 class Options:
     """rounds: of each comparison. quick: the smallest sizes alone, to see that a script runs."""
 
-    rounds: int = 9
+    rounds: int = 7
     quick: bool = False
 
     def fewer(self, rounds: int) -> int:
@@ -303,7 +303,7 @@ def measured(name: str, run: Callable[[Options], Report], options: Options) -> R
     before, start = load(), time.perf_counter()
     report = run(options)
     took = time.perf_counter() - start
-    rounds = "one round of the smallest sizes" if options.quick else f"{options.rounds} rounds, fewer for what is slow"
+    rounds = "one round of the smallest sizes" if options.quick else f"{options.rounds} round(s), fewer for what is slow"
     report.parts.insert(
         0, f"`benchmarks/{name}.py`: {machine()}. Load average {before} before, {load()} after, {took:.0f} s; {rounds}."
     )
@@ -312,7 +312,7 @@ def measured(name: str, run: Callable[[Options], Report], options: Options) -> R
 
 def options_from(doc: str, arguments: Sequence[str] | None = None) -> Options:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9, help="of each comparison; what takes long has fewer")
+    parser.add_argument("--rounds", type=int, default=7, help="of each comparison; what takes long has fewer")
     parser.add_argument("--quick", action="store_true", help="one round of the smallest sizes: does it run?")
     given = parser.parse_args(arguments)
     if given.rounds < 1:

@@ -89,7 +89,7 @@ def steps(report: Report, options: Options) -> None:
         asked += [(l, FEW, text) for l in (1024, 4096) for text in (False, True)] + [(1024, ALL, False)]
     for l, depth, text in asked:
         step = Step(l, depth, text)
-        rounds = options.fewer(9 if l < 4096 and depth == FEW else 3)
+        rounds = options.fewer(7 if l < 4096 and depth == FEW else 3)
         times = measure.medians({"step": step.infer, "GEMMs": step.products()}, rounds)
         ratio = times["step"] / times["GEMMs"]
         name = f"{l} tokens, {depth} blocks, {'with' if text else 'without'} text"

@@ -303,7 +303,7 @@ def measured(name: str, run: Callable[[Options], Report], options: Options) -> R
     before, start = load(), time.perf_counter()
     report = run(options)
     took = time.perf_counter() - start
-    rounds = "one round of the smallest sizes" if options.quick else f"{options.rounds} round(s), fewer for what is slow"
+    rounds = "the smallest sizes once" if options.quick else f"{options.rounds} rounds, fewer for what is slow"
     report.parts.insert(
         0, f"`benchmarks/{name}.py`: {machine()}. Load average {before} before, {load()} after, {took:.0f} s; {rounds}."
     )

@@ -155,7 +155,8 @@ static void sum_parameters(const scan_run *run) {
     }
 }
 
-/* A in the kernels' order, and what dt may be for all of a channel's exponents to stay below 125: 0 if A is not finite. */
+/* A in the kernels' order, and what dt may be for all of a channel's exponents to stay below 125: 0 if A is not
+ * finite. */
 static void pack_A(scan_job *job, int64_t lanes) {
     const zs_scan_args *a = job->args;
     for (int64_t c = 0; c < a->channels; c++) {

@@ -42,7 +42,7 @@ INLINE void store_steps(const zs_rows *t, int64_t batch, const int64_t *rows, in
         vstore_row(t->data, t->dtype, row_offset(t, batch, rows[k]) + channel, count, vload(from + k * LANES));
 }
 
-/* One vector of channels of one row. plain: it is known to be float and whole, see is_plain. The next cache line is asked
+/* One vector of channels of one row. plain: it is known to be whole, and float (is_plain). The next cache line is asked
  * for at the same time, as above. */
 INLINE vec load_step(int plain, const zs_rows *t, int64_t batch, int64_t row, int64_t channel, int64_t count) {
     const int64_t offset = row_offset(t, batch, row) + channel;
@@ -52,7 +52,8 @@ INLINE vec load_step(int plain, const zs_rows *t, int64_t batch, int64_t row, in
     return vload(from);
 }
 
-INLINE void store_step(int plain, const zs_rows *t, int64_t batch, int64_t row, int64_t channel, int64_t count, vec x) {
+INLINE void store_step(int plain, const zs_rows *t, int64_t batch, int64_t row, int64_t channel, int64_t count,
+                       vec x) {
     const int64_t offset = row_offset(t, batch, row) + channel;
     if (!plain) {
         vstore_row(t->data, t->dtype, offset, count, x);
@@ -63,8 +64,8 @@ INLINE void store_step(int plain, const zs_rows *t, int64_t batch, int64_t row, 
     vstore(to, x);
 }
 
-/* Whether vectors of this tensor are float and whole; an absent one does not matter. */
-INLINE int is_plain(const zs_rows *t, int64_t count) { return (!t->data || t->dtype == ZS_F32) && count >= LANES; }
+/* What `plain` asks of a tensor: float, or absent. */
+INLINE int is_plain(const zs_rows *t) { return !t->data || t->dtype == ZS_F32; }
 
 INLINE vec load_channels(const float *values, int64_t channel, int64_t count) {
     return values ? vload_row(values, ZS_F32, channel, count) : vset(0.0f);

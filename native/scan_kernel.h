@@ -149,6 +149,7 @@ static void scan_forward(const scan_job *job, int64_t batch, int64_t unit, int64
     const int64_t n = job->states;
     float *state = workspace, *B = state + units * UNIT_CHANNELS * n, *C = B + CHUNK * n;
     forward_steps *steps = (forward_steps *)(C + CHUNK * n);
+    const int plain = is_plain(&a->u) && is_plain(&a->delta) && is_plain(&a->z) && is_plain(&a->out);
     place p = enter_units(job, batch, unit, units);
     memset(state, 0, (size_t)(p.vectors * LANES * n) * sizeof(float));
     for (int64_t chunk = 0; chunk < job->chunks; chunk++) {
@@ -160,7 +161,7 @@ static void scan_forward(const scan_job *job, int64_t batch, int64_t unit, int64
                    (size_t)(p.vectors * LANES * n) * sizeof(float));
         for (int64_t v = 0; v < p.vectors; v++) {
             int64_t channel = p.first + v * LANES, count = a->channels - channel;
-            if (is_plain(&a->u, count) && is_plain(&a->delta, count) && is_plain(&a->z, count) && is_plain(&a->out, count))
+            if (plain && count >= LANES)
                 forward_vector(1, job, &p, channel, count, B, C, state + v * LANES * n, steps);
             else
                 forward_vector(0, job, &p, channel, count, B, C, state + v * LANES * n, steps);

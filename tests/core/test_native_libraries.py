@@ -189,16 +189,30 @@ def test_every_target_has_its_place(build):
     assert build.FOLDER == FOLDER
 
 
-def test_the_committed_library_is_what_the_source_builds(build, tmp_path):
-    """The one for Linux x86-64; the source is the same for all, and so is the compiler."""
+@pytest.fixture
+def compiler(build):
+    """The pinned Zig for Linux x86-64."""
     try:
         version = importlib.metadata.version("ziglang")
     except importlib.metadata.PackageNotFoundError:
         version = None
     if version != build.ZIG_VERSION:
-        pytest.skip(f"NOT TESTED: reproducible build, needs ziglang=={build.ZIG_VERSION}, found {version}")
+        pytest.skip(f"NOT TESTED: building the library, needs ziglang=={build.ZIG_VERSION}, found {version}")
+    return build.zig_compiler(build.TARGETS["linux-x86_64"])
+
+
+def test_the_committed_library_is_what_the_source_builds(build, compiler, tmp_path):
+    """The one for Linux x86-64; the source is the same for all, and so is the compiler."""
     target = build.TARGETS["linux-x86_64"]
-    build.build(target, tmp_path / target.library, build.zig_compiler(target))
+    build.build(target, tmp_path / target.library, compiler)
     assert (tmp_path / target.library).read_bytes() == (FOLDER / target.library).read_bytes(), (
         "native/ has changed: run `python native/build.py` and commit the result"
     )
+
+
+def test_the_library_computes_what_plain_loops_do(build, compiler):
+    """native/check.c, which also watches the memory between rows."""
+    if build.host_target() != "linux-x86_64":
+        pytest.skip(f"NOT TESTED: native/check.c, on {build.host_target()}")
+    target = build.TARGETS["linux-x86_64"]
+    assert build.check(target, target.output, compiler, []) == 0

@@ -78,7 +78,7 @@ def launches(monkeypatch, dtype, l=64, d=64, n=16, complete=True):
     triton_backend.conv_forward(u, weight, bias, order)
     triton_backend.conv_backward(u, u, weight, bias, order)
     rows = (u, u[:, 0], u.float(), D, D, u[:, 0], u[:, 0], order) if complete else (None,) * 8
-    triton_backend.rows_forward(u, *rows, 1e-6, complete, torch.float32 if complete else None, True)
+    triton_backend.norm_forward(u, *rows, 1e-6, complete, torch.float32 if complete else None, True)
     return recorded
 
 

@@ -79,7 +79,7 @@ def test_fused_is_composed(native, shape, absent, layer_norm, ordered, total, ke
     tensors = draw(*shape, seed=seed, without=without)
     order = torch.randperm(shape[1], generator=torch.Generator().manual_seed(seed)) if ordered else None
     options = (order, 1e-5, layer_norm, total, keep_norm)
-    (outs, grads), (want, wanted) = (results(f, tensors, *options) for f in (fused, stream._composed))
+    (outs, grads), (want, wanted) = (results(f, tensors, *options) for f in (fused, stream.composed))
     assert_agree(outs, want, 3e-6)
     assert_agree(grads.values(), wanted.values(), 2e-5)
 
@@ -87,7 +87,7 @@ def test_fused_is_composed(native, shape, absent, layer_norm, ordered, total, ke
 def test_bfloat16_differs_by_one_rounding(native):
     tensors = draw(2, 50, 40, torch.bfloat16)
     options = (torch.randperm(50), 1e-6, True, torch.bfloat16, True)
-    (outs, grads), (want, wanted) = (results(f, tensors, *options) for f in (fused, stream._composed))
+    (outs, grads), (want, wanted) = (results(f, tensors, *options) for f in (fused, stream.composed))
     assert_agree(outs, want, 2**-7)
     assert_agree(grads.values(), wanted.values(), 2**-6)
 

@@ -254,7 +254,7 @@ def test_rows_are_added_normed_and_modulated(parts, dtype, layer_norm):
     u = F.layer_norm(x, (d,), weight, None, eps) if layer_norm else F.rms_norm(x, (d,), weight, eps)
     u = u if bias is None else u + bias
     m = None if scale is None else (u * (1 + scale.float()) + shift.float()).to(dtype)
-    got = backend.rows_forward(
+    got = backend.norm_forward(
         base, mix, gate, residual, weight, bias, shift, scale, gather, eps, layer_norm, total, parts != "no total"
     )
     x, u = (None, None) if total is None else (x, u.to(dtype))

@@ -68,9 +68,12 @@ def add_norm(
     shift, scale = modulation or (None, None)
     arguments = (*stream, weight, bias, shift, scale, gather, eps, layer_norm, total, keep_norm)
     if hasattr(module, "norm_forward") and not torch.compiler.is_compiling():
-        check_permutations(gather)
-        return _AddNorm.apply(module, *arguments)
-    return _composed(*arguments)
+        given = [t for t in arguments if isinstance(t, Tensor)]
+        differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+        if hasattr(module, "norm_backward") or not differentiable:
+            check_permutations(gather)
+            return _AddNorm.apply(module, *arguments)
+    return composed(*arguments)
 
 
 class _AddNorm(torch.autograd.Function):
@@ -91,7 +94,7 @@ class _AddNorm(torch.autograd.Function):
         return None, *grads, None, None, None, None, None
 
 
-def _composed(
+def composed(
     base, mix, gate, residual, weight, bias, shift, scale, gather, eps, layer_norm, total, keep_norm
 ) -> tuple[Tensor | None, ...]:
     """The same in operations of torch: what every device has, and what a compiler fuses by itself."""

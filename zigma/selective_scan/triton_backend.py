@@ -333,13 +333,13 @@ def _conv_grid(x: Tensor, weight: Tensor) -> tuple[int, dict[str, int]]:
     return b * _ceil(l, constants["BLOCK_T"]) * _ceil(d, constants["BLOCK_D"]), constants
 
 
-def rows_forward(
+def norm_forward(
     base, mix, gate, residual, weight, bias, shift, scale, gather, eps, layer_norm, total, keep_norm
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(x, u, m): x = base + gate mix + residual at rows `gather`, u = norm(x) weight + bias, m = u (1 + scale) + shift.
 
     Sums and norms are float32 (RMSNorm: arXiv 1910.07467, equation 4; LayerNorm: arXiv 1607.06450; modulation: adaLN
-    of DiT, arXiv 2212.09748, section 3.2). Forward only.
+    of DiT, arXiv 2212.09748, section 3.2). Forward only: for gradients `stream.add_norm` composes torch operations.
 
     Args:
         base: (b, l, d); mix: (b, l, d) or None; residual: (b, l, d) or None.

@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import reference, triton_backend
+from . import reference, stream, triton_backend
 
 
 def self_test(device: torch.device, b: int = 2, l: int = 37, d: int = 48, n: int = 16) -> str | None:
     """A small problem, forward and backward, in one pass and split, against the reference; what went wrong, or None."""
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         try:
-            return _scan_error(device, b, l, d, n) or _conv_error(device, b, l, d)
+            errors = (_scan_error(device, b, l, d, n), _conv_error(device, b, l, d), _norm_error(device, b, l, d))
+            return next((error for error in errors if error is not None), None)
         except Exception as error:  # whatever a compiler, linker or driver raises, other backends still work
             return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
@@ -43,6 +44,18 @@ def _conv_error(device: torch.device, b: int, l: int, d: int) -> str | None:
     *inputs, d_out, order = (t.to(device) for t in (*inputs, d_out, order))
     out = triton_backend.conv_forward(*inputs, order)
     return _difference("convolution", (out, *triton_backend.conv_backward(d_out, *inputs, order)), want)
+
+
+def _norm_error(device: torch.device, b: int, l: int, d: int) -> str | None:
+    rows, ones = (b, l, d), (b, 1, d)
+    tensors, order = _draw(rows, rows, ones, rows, (d,), (d,), ones, ones), _draw_order(l)
+    for layer_norm in (False, True):
+        settings = (1e-5, layer_norm, torch.float32, True)
+        want = stream.composed(*tensors, order, *settings)
+        got = triton_backend.norm_forward(*(t.to(device) for t in (*tensors, order)), *settings)
+        if (error := _difference("norm", got, want)) is not None:
+            return error
+    return None
 
 
 def _draw(*shapes: tuple[int, ...]) -> list[Tensor]:

@@ -79,6 +79,8 @@ class Held:
     def verdict(self) -> str:
         if self.value is None:
             return self.note
+        if self.required is None and self.aim is None:
+            return "for comparison"
         sign = 1 if self.at_least else -1
         reached = [x is not None and sign * self.value >= sign * x for x in (self.required, self.aim)]
         verdict = "aim met" if reached[1] else "required met" if reached[0] else "**missed**"
@@ -197,7 +199,7 @@ def exponentials(count: int, instruction_set: str) -> Run:
     library, size = native_library.load(), 16384
     x, y = torch.linspace(-20, 0, size), torch.empty(size)
     # Bound once: at this size converting the arguments anew in each call would cost a tenth of the time.
-    arguments = (instruction_set.encode(), ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), size)
+    arguments = (instruction_set.encode(), ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), size, 1)
     function, held = library._exp2, (x, y)
 
     def run() -> tuple:

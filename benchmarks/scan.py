@@ -181,11 +181,13 @@ def _hold_forward(report: Report, rows: dict[int, dict[str, float]], widest: str
             report.held.append(Held(what, value, required, aim, limit=limit, form="{:.1%}", note=note))
     l = 1024 if 1024 in rows else 256
     row, times = rows[l], {"at_least": True, "form": "{:.1f}×"}
-    for loop in (LOOP, PUBLISHED):
+    # The requirement is stated against the loop that lays out all steps first; the other is there for comparison.
+    for loop, required, aim in ((PUBLISHED, 35, 70), (LOOP, None, None)):
         what, floor = f"{loop} / native scan ({widest}), forward, L {l}", row[loop] / row["exponentials"]
-        report.held.append(Held(what, row[loop] / row[widest], 35, 70, limit=floor, **times))
-    for loop in (LOOP, PUBLISHED):
-        report.held.append(Held(f"{loop} / torch backend, forward, L {l}", row[loop] / row[TORCH], 4, 8, **times))
+        report.held.append(Held(what, row[loop] / row[widest], required, aim, limit=floor, **times))
+    for loop, required, aim in ((PUBLISHED, 4, 8), (LOOP, None, None)):
+        what = f"{loop} / torch backend, forward, L {l}"
+        report.held.append(Held(what, row[loop] / row[TORCH], required, aim, **times))
 
 
 def backward(report: Report, options: Options) -> None:

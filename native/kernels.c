@@ -11,6 +11,15 @@ static void exp2_array(const float *x, float *y, int64_t count) {
         vstore_row(y, ZS_F32, i, count - i, vexp2(vload_row(x, ZS_F32, i, count - i)));
 }
 
+static void exp2_bounded_array(const float *x, float *y, int64_t count) {
+    const vec one = vset(1.0f);
+    int64_t i = 0;
+    for (; i + 4 * LANES <= count; i += 4 * LANES)
+        for (int64_t j = i; j < i + 4 * LANES; j += LANES) vstore(y + j, vexp2_product(vload(x + j), one));
+    for (; i < count; i += LANES)
+        vstore_row(y, ZS_F32, i, count - i, vexp2_product(vload_row(x, ZS_F32, i, count - i), one));
+}
+
 const zs_kernels VARIANT = {
     .name = SIMD_NAME,
     .lanes = LANES,
@@ -23,4 +32,5 @@ const zs_kernels VARIANT = {
     .norm_rows = norm_rows,
     .norm_rows_backward = norm_rows_backward,
     .exp2 = exp2_array,
+    .exp2_bounded = exp2_bounded_array,
 };

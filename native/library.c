@@ -27,12 +27,15 @@ EXPORT const char *zs_instruction_set(const char *name) {
     return kernels ? kernels->name : NULL;
 }
 
-EXPORT int64_t zs_exp2(const char *instruction_set, const float *x, float *y, int64_t count) {
+EXPORT int64_t zs_exp2(const char *instruction_set, const float *x, float *y, int64_t count, int64_t bounded) {
     const zs_kernels *kernels = find_kernels(instruction_set);
     if (!kernels) return ZS_UNSUPPORTED;
-    kernels->exp2(x, y, count);
+    (bounded ? kernels->exp2_bounded : kernels->exp2)(x, y, count);
     return ZS_OK;
 }
+
+/* Fresh memory that is about to be written whole: one page fault for 2 MB in place of 512, where the system can. */
+EXPORT void zs_use_huge_pages(void *memory, int64_t bytes) { zs_huge_pages(memory, bytes); }
 
 /* ---- helpers ---- */
 

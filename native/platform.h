@@ -30,6 +30,8 @@ static void join_thread(zs_thread thread) {
 static void block_signals(zs_signals *before) { *before = 0; }
 static void restore_signals(const zs_signals *before) { (void)before; }
 
+static void use_huge_pages(void *memory, int64_t bytes) { (void)memory, (void)bytes; }
+
 static void *allocate_aligned(size_t bytes) { return _aligned_malloc(bytes, 64); }
 static void release_aligned(void *memory) { _aligned_free(memory); }
 
@@ -37,6 +39,9 @@ static void release_aligned(void *memory) { _aligned_free(memory); }
 
 #include <pthread.h>
 #include <signal.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 typedef pthread_t zs_thread;
 typedef sigset_t zs_signals;
@@ -56,6 +61,16 @@ static void block_signals(zs_signals *before) {
     pthread_sigmask(SIG_SETMASK, &all, before);
 }
 static void restore_signals(const zs_signals *before) { pthread_sigmask(SIG_SETMASK, before, NULL); }
+
+static void use_huge_pages(void *memory, int64_t bytes) {
+#if defined(__linux__)
+    const uintptr_t page = 4096, first = ((uintptr_t)memory + page - 1) / page * page;
+    const uintptr_t last = ((uintptr_t)memory + (uintptr_t)bytes) / page * page;
+    if (first < last) madvise((void *)first, last - first, MADV_HUGEPAGE); /* advice: a refusal changes nothing */
+#else
+    (void)memory, (void)bytes;
+#endif
+}
 
 static void *allocate_aligned(size_t bytes) {
     void *memory = NULL;

@@ -16,6 +16,7 @@ typedef struct {
 
 void *zs_allocate(size_t bytes) { return allocate_aligned(bytes ? bytes : 64); }
 
+void zs_huge_pages(void *memory, int64_t bytes) { use_huge_pages(memory, bytes); }
 void zs_release(void *memory) { release_aligned(memory); }
 
 int64_t zs_useful_threads(int64_t wanted, int64_t elements) {

@@ -15,6 +15,9 @@ int zs_parallel(int64_t threads, int64_t tasks, int64_t workspace_floats, zs_tas
 /* Threads worth starting for so many inner-loop elements: starting one costs some 20 microseconds. */
 int64_t zs_useful_threads(int64_t wanted, int64_t elements);
 
+/* Asks for large pages, for memory that is fresh and about to be written whole. */
+void zs_huge_pages(void *memory, int64_t bytes);
+
 /* 64-byte aligned memory; NULL when there is none. */
 void *zs_allocate(size_t bytes);
 void zs_release(void *memory);

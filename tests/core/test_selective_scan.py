@@ -60,7 +60,7 @@ def run(scan, inputs, **options):
     }
 
 
-def assert_agree(got, want, inputs, rtol=None):
+def assert_agree(got, want, inputs, rtol=None, floor=0.0):
     """Each result has its input's dtype and differs by rounding only, in proportion to the largest element."""
     for name, expected in want.items():
         result = got[name]
@@ -68,7 +68,7 @@ def assert_agree(got, want, inputs, rtol=None):
         assert result.shape == expected.shape, name
         tolerance = rtol or {torch.bfloat16: 2**-7, torch.float16: 2**-9}.get(expected.dtype, 3e-6)
         error = (result.double() - expected.double()).abs().max() if result.numel() else torch.zeros(())
-        scale = expected.double().abs().max() if result.numel() else torch.ones(())
+        scale = expected.double().abs().max().clamp(min=floor) if result.numel() else torch.ones(())
         # d_A of a single token is exactly zero: the state before it is.
         assert error <= tolerance * scale + 1e-12, f"{name}: {float(error):.2e} against {float(scale):.2e}"
 
@@ -124,8 +124,9 @@ def test_any_shape(backend, shape, seed, gathered):
     order = torch.randperm(shape[1], generator=torch.Generator().manual_seed(seed))
     scan = selective_scan_gathered if gathered else selective_scan
     want = run(scan, inputs, backend="reference", order=order)
-    # A sum over tokens (of d_delta_bias, say) may cancel: then its rounding is large beside it.
-    assert_agree(run(scan, inputs, backend=backend, order=order), want, inputs, rtol=1e-5)
+    # With one or two channels a sum over all tokens (d_D, d_delta_bias) may cancel: then its rounding, that of summands
+    # of about 1, is large beside it.
+    assert_agree(run(scan, inputs, backend=backend, order=order), want, inputs, rtol=1e-5, floor=1.0)
 
 
 @pytest.mark.parametrize("b, l, d, n", [(0, 4, 3, 2), (2, 0, 3, 2), (2, 4, 0, 2)])

@@ -93,9 +93,9 @@ def test_exponential(library, instruction_set):
     if instruction_set not in library.instruction_sets():
         pytest.skip(f"NOT TESTED: {instruction_set}, which this CPU lacks")
 
-    def exp2(x):
+    def exp2(x, bounded=False):
         x, y = x.float().contiguous(), torch.empty(x.numel())
-        library.exp2(instruction_set, x, y)
+        library.exp2(instruction_set, x, y, bounded)
         return y
 
     x = torch.cat((torch.linspace(-125.9, 126.9, 400_001), -torch.logspace(-9, 0, 100_001)))
@@ -103,6 +103,8 @@ def test_exponential(library, instruction_set):
     error = (exp2(x).double() - exact) / exact
     assert error.abs().max() < 2e-7
     assert error.mean().abs() < 2e-8
+    inside = x.abs() < 125
+    assert ((exp2(x[inside], bounded=True).double() - exact[inside]) / exact[inside]).abs().max() < 2e-7
     integers = torch.arange(-126, 127).float()
     assert torch.equal(exp2(integers), torch.exp2(integers))
     assert exp2(torch.tensor([-127.5, -1000.0, -1e30])).max() <= 2.0**-126

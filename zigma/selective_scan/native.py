@@ -52,6 +52,12 @@ def _pointer(t: Tensor | None) -> int | None:
     return None if t is None else t.data_ptr()
 
 
+def _fresh(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Memory for a result of that shape, in the same dtype or another."""
+    result = like.new_empty(like.shape, dtype=dtype or like.dtype)
+    return native_library.load().use_huge_pages(result)
+
+
 def _contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
@@ -74,8 +80,8 @@ def scan_forward(
     A, D, delta_bias, input_order, output_order = (
         _contiguous(t) for t in (A, D, delta_bias, input_order, output_order)
     )
-    out = u.new_empty(b, l, d)
     library = library or native_library.load()
+    out = library.use_huge_pages(u.new_empty(b, l, d))
     states = A.new_empty(states_shape(b, l, d, n, library) if keep else (0,))
     if out.numel() == 0:
         return out, states
@@ -95,9 +101,10 @@ def scan_backward(
     A, D, delta_bias, input_order, output_order = (
         _contiguous(t) for t in (A, D, delta_bias, input_order, output_order)
     )
-    d_u, d_delta, d_A, d_B, d_C = (t.new_empty(t.shape) for t in (u, delta, A, B, C))
-    d_D, d_z, d_bias = (None if t is None else t.new_empty(t.shape) for t in (D, z, delta_bias))
-    grads = (d_u, d_delta, d_A, d_B, d_C, d_D, d_z, d_bias)
+    library = library or native_library.load()
+    inputs = (u, delta, A, B, C, D, z, delta_bias)
+    grads = tuple(None if t is None else library.use_huge_pages(t.new_empty(t.shape)) for t in inputs)
+    d_u, d_delta, d_A, d_B, d_C, d_D, d_z, d_bias = grads
     if b * l * d * n == 0:
         for t in grads:
             if t is not None:
@@ -108,7 +115,7 @@ def scan_backward(
         _rows(t) for t in (d_out, d_u, d_delta, d_B, d_C, d_z)
     )
     args.d_A, args.d_D, args.d_delta_bias = (_pointer(t) for t in (d_A, d_D, d_bias))
-    (library or native_library.load()).call("scan_backward", args)
+    library.call("scan_backward", args)
     return grads
 
 
@@ -124,7 +131,7 @@ def _scan_args(u, delta, A, B, C, D, z, bias, delta_softplus, input_order, outpu
 def conv_forward(x: Tensor, weight: Tensor, bias, order) -> Tensor:
     """SiLU of the depthwise causal convolution along `order`; x raster, result in scan order."""
     x, weight, bias, order = _dense_rows(x), _contiguous(weight), _contiguous(bias), _contiguous(order)
-    out = x.new_empty(x.shape)
+    out = _fresh(x)
     if out.numel():
         args = _conv_args(x, weight, bias, order)
         args.out = _rows(out)
@@ -136,7 +143,7 @@ def conv_backward(d_out, x, weight, bias, order) -> tuple[Tensor, Tensor, Tensor
     """Gradients for x, weight and bias."""
     d_out, x = _dense_rows(d_out), _dense_rows(x)
     weight, bias, order = _contiguous(weight), _contiguous(bias), _contiguous(order)
-    d_x, d_weight = x.new_empty(x.shape), weight.new_zeros(weight.shape)
+    d_x, d_weight = _fresh(x), weight.new_zeros(weight.shape)
     d_bias = None if bias is None else bias.new_zeros(bias.shape)
     if d_x.numel():
         args = _conv_args(x, weight, bias, order)
@@ -158,9 +165,9 @@ def norm_forward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Arguments and results as in `stream.add_norm`."""
     args, _held = _norm_args(base, mix, gate, residual, weight, bias, shift, scale, gather, eps, layer_norm)
-    x = None if total is None else base.new_empty(base.shape, dtype=total)
-    normed = base.new_empty(base.shape) if keep_norm else None
-    modulated = None if scale is None else base.new_empty(base.shape)
+    x = None if total is None else _fresh(base, dtype=total)
+    normed = _fresh(base) if keep_norm else None
+    modulated = None if scale is None else _fresh(base)
     if base.numel():
         args.total, args.normed, args.modulated = _rows(x), _rows(normed), _rows(modulated)
         native_library.load().call("norm_forward", args)
@@ -173,7 +180,7 @@ def norm_backward(
     """Gradients for base, mix, gate, residual, weight, bias, shift and scale, each in its input's dtype."""
     inputs = (base, mix, gate, residual, weight, bias, shift, scale)
     args, _held = _norm_args(*inputs, gather, eps, layer_norm)
-    d_x, d_mix, d_residual = (None if t is None else t.new_empty(t.shape) for t in (base, mix, residual))
+    d_x, d_mix, d_residual = (None if t is None else _fresh(t) for t in (base, mix, residual))
     sums = [None if t is None else torch.zeros(t.shape, device=t.device) for t in (gate, weight, bias, shift, scale)]
     d_gate, d_weight, d_bias, d_shift, d_scale = sums
     if base.numel():

@@ -21,6 +21,7 @@ ABI_VERSION = 2
 FLOAT32, BFLOAT16 = 0, 1
 OK, BAD_ORDER, NO_MEMORY, UNSUPPORTED = range(4)
 MAX_STATES, MAX_CONV_WIDTH = 256, 16
+HUGE_PAGES_FROM = 2**25  # bytes: from here on an allocator maps fresh memory each time, and pays by the page
 REBUILD = "restore the file from the project's repository or rebuild it with `python native/build.py`"
 INSTRUCTION_SETS = ("avx512", "avx2", "sse2", "neon")
 LIBRARIES = {
@@ -97,7 +98,8 @@ class NativeLibrary:
             raise NativeUnavailable(f"{path} has interface version {version}, expected {ABI_VERSION}; {REBUILD}")
         self._instruction_set = self._bind("zs_instruction_set", [c_char_p], c_char_p)
         self._checkpoint_floats = self._bind("zs_checkpoint_floats", [c_char_p, *[c_int64] * 4])
-        self._exp2 = self._bind("zs_exp2", [c_char_p, c_void_p, c_void_p, c_int64])
+        self._exp2 = self._bind("zs_exp2", [c_char_p, c_void_p, c_void_p, c_int64, c_int64])
+        self._use_huge_pages = self._bind("zs_use_huge_pages", [c_void_p, c_int64], None)
         self._structure_size = self._bind("zs_structure_size", [c_int64])
         scan, conv = [c_char_p, POINTER(ScanArgs)], [c_char_p, POINTER(ConvArgs)]
         norm = [c_char_p, POINTER(NormArgs)]
@@ -129,9 +131,18 @@ class NativeLibrary:
         """Bytes of zs_scan_args, zs_conv_args and zs_norm_args as the library was compiled."""
         return tuple(self._structure_size(which) for which in range(3))
 
-    def exp2(self, instruction_set: str, x: Tensor, y: Tensor) -> None:
-        """y = 2^x by the kernel's own exponential; contiguous float32. For the test of its accuracy."""
-        self._exp2(instruction_set.encode(), x.data_ptr(), y.data_ptr(), x.numel())
+    def exp2(self, instruction_set: str, x: Tensor, y: Tensor, bounded: bool = False) -> None:
+        """y = 2^x by the kernels' own exponential; contiguous float32. For the test of its accuracy.
+
+        bounded: as the scan computes it where |x| < 125, which is nearly always.
+        """
+        self._exp2(instruction_set.encode(), x.data_ptr(), y.data_ptr(), x.numel(), bounded)
+
+    def use_huge_pages(self, fresh: Tensor) -> Tensor:
+        """The same tensor, its memory asked for in large pages: for a new one that will be written whole."""
+        if (size := fresh.numel() * fresh.element_size()) >= HUGE_PAGES_FROM:
+            self._use_huge_pages(fresh.data_ptr(), size)
+        return fresh
 
     def call(self, name: str, args: ScanArgs | ConvArgs | NormArgs) -> None:
         status = self._calls[name](self.instruction_set.encode(), byref(args))

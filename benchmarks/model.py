@@ -211,7 +211,7 @@ def profile(report: Report, options: Options) -> None:
     finally:
         native.norm_forward = plain
     events = profiler.key_averages()
-    whole = next(event.cpu_time_total for event in events if event.key == "step") * rounds
+    whole = next(event.cpu_time_total for event in events if event.key == "step")  # of all rounds
     events = sorted((e for e in events if e.key != "step"), key=lambda e: e.self_cpu_time_total, reverse=True)[:10]
     cells = [[f"`{e.key}`", f"{e.count / rounds:.0f}", f"{e.self_cpu_time_total / whole:.1%}"] for e in events]
     rest = 1 - sum(event.self_cpu_time_total for event in events) / whole

@@ -51,7 +51,11 @@ def subject(pack, name: str = TINY, dtype: torch.dtype = torch.float32) -> Simpl
     with stored_as(dtype) if dtype != torch.float32 else contextlib.nullcontext():
         model = loaded(pack, name)[0]
     plain = pack.checkpoint.load_bundle(pack.file.with_name(name)).model
-    state = {key: value.to(dtype, copy=True).float() for key, value in plain.state_dict().items()}
+    exact = pack.part("zigma.mixer").FLOAT32_PARAMETERS  # A and D, whatever the others are stored as
+    state = {
+        key: value.clone() if key.rpartition(".")[2] in exact else value.to(dtype, copy=True).float()
+        for key, value in plain.state_dict().items()
+    }
     assert model.model.diffusion_model.dtype == dtype
     y = torch.randn(3, 6, 16) if plain.config.has_text else torch.tensor([4, 0, 2])
     return SimpleNamespace(

@@ -97,19 +97,16 @@ class HostZigMa(ZigMa):
         grid = (x.shape[2] // p, x.shape[3] // p)
         key = (schedule, grid, x.device)
         if key not in self._overridden:
-            orders = (
-                [order.to(x.device) for order in self.layer_orders(*grid)]
-                if None in schedule
-                else [None] * len(schedule)
-            )
-            made: dict[LayerOrder, Tensor] = {}
-            for layer, entry in enumerate(schedule):
-                if entry is not None:
-                    if entry not in made:
-                        made[entry] = make_order(entry, grid).to(x.device)
-                    orders[layer] = made[entry]
-            self._overridden = {key: orders}  # the last one only: a graph uses one at a time
+            with torch.inference_mode(False):  # as ordinary tensors the network prepares them once, not in every step
+                self._overridden = {key: self._made(schedule, grid, x.device)}  # the last: a graph uses one at a time
         return self._overridden[key]
+
+    def _made(
+        self, schedule: tuple[LayerOrder | None, ...], grid: tuple[int, int], device: torch.device
+    ) -> list[Tensor]:
+        own = self.layer_orders(*grid) if None in schedule else [None] * len(schedule)
+        made = {entry: make_order(entry, grid).to(device) for entry in dict.fromkeys(schedule) if entry is not None}
+        return [order.to(device) if entry is None else made[entry] for order, entry in zip(own, schedule, strict=True)]
 
 
 def make_order(entry: LayerOrder, grid: tuple[int, int]) -> Tensor:

@@ -212,3 +212,25 @@ def test_an_encoded_condition_is_the_condition(condition):
     with pytest.raises(ValueError, match="encoded conditions, expected one for each of 1 latents"):
         model(x[:1], t[:1], model.encode_condition(y))
     assert tiny().encode_condition(None) is None
+
+
+def test_given_orders_are_prepared_once_and_again_when_they_change(monkeypatch):
+    """A sampling run gives the same tensors at every step; one that changed in place, or another, is looked at anew."""
+    model = tiny()
+    x, t, _ = inputs(model)
+    orders = [scan_order("hilbert", i, height=4, width=6) for i in range(3)]
+    prepared, as_scans = [], model._as_scans
+    monkeypatch.setattr(model, "_as_scans", lambda *arguments: prepared.append(1) or as_scans(*arguments))
+    with torch.no_grad():
+        v = model(x, t, token_orders=orders)
+        assert torch.equal(model(x, t, token_orders=list(orders)), v) and len(prepared) == 1
+        fresh = [order.clone() for order in orders]
+        assert torch.equal(model(x, t, token_orders=fresh), v) and len(prepared) == 2
+        fresh[1].copy_(orders[1].flip(0))
+        changed = model(x, t, token_orders=fresh)
+        assert len(prepared) == 3 and not torch.equal(changed, v)
+        with torch.inference_mode():
+            assert torch.equal(model(x, t, token_orders=[order.clone() for order in orders]), v)
+        with pytest.raises(ValueError, match="is no permutation"):
+            fresh[1].zero_()
+            model(x, t, token_orders=fresh)

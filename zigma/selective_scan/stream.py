@@ -64,8 +64,8 @@ def add_norm(
     Returns:
         (x or None, u or None, m or None), all (b, l, d); u and m in the dtype of base.
     """
-    module = BACKENDS[select_backend(None, *(t for t in stream if t is not None))]
     shift, scale = modulation or (None, None)
+    module = BACKENDS[select_backend(None, *stream, shift, scale)]
     arguments = (*stream, weight, bias, shift, scale, gather, eps, layer_norm, total, keep_norm)
     if hasattr(module, "norm_forward") and not torch.compiler.is_compiling():
         given = [t for t in arguments if isinstance(t, Tensor)]

@@ -6,6 +6,7 @@ import torch
 from comfy_api.latest import io
 
 from ..zigma.sheet import enlarge, to_pictures
+from .schema import schema
 
 
 class ZigMaVAEDecode(io.ComfyNode):
@@ -14,10 +15,9 @@ class ZigMaVAEDecode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """What the host shows."""
-        return io.Schema(
+        return schema(
             node_id="ZigMaVAEDecode",
             display_name="ZigMa VAE Decode",
-            category="ZigMa",
             description="Decodes a latent to pictures, and enlarges small ones for looking at. With enlarge 1 it "
             "equals the stock VAE Decode.",
             inputs=[

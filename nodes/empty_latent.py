@@ -7,6 +7,7 @@ import torch
 from comfy_api.latest import io
 
 from .comfy_model import as_zigma
+from .schema import schema
 
 
 class ZigMaEmptyLatent(io.ComfyNode):
@@ -16,10 +17,9 @@ class ZigMaEmptyLatent(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         """What the host shows."""
         sides = {"min": 0, "max": 8192, "step": 8, "default": 0}
-        return io.Schema(
+        return schema(
             node_id="ZigMaEmptyLatent",
             display_name="ZigMa Empty Latent",
-            category="ZigMa",
             description="An empty latent with the channels and the size that the model was trained on.",
             inputs=[
                 io.Model.Input("model", tooltip="A ZigMa model: it knows its channels, scale and size."),

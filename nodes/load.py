@@ -10,7 +10,10 @@ from comfy_api.latest import io
 
 from ..zigma.assets import available_models
 from ..zigma.checkpoint import read_checkpoint
-from .comfy_model import build_clip, build_model, build_vae
+from .comfy_model import build_model
+from .comfy_text import build_clip
+from .comfy_vae import build_vae
+from .schema import schema
 
 log = logging.getLogger(__name__)
 
@@ -33,10 +36,9 @@ class ZigMaModelLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """What the host shows."""
-        return io.Schema(
+        return schema(
             node_id="ZigMaModelLoader",
             display_name="ZigMa Model Loader",
-            category="ZigMa",
             description="Loads a ZigMa model file: the denoiser, and the text encoder and VAE if the file carries "
             "them. 'demo' is the emoji model that comes with the pack.",
             inputs=[

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..zigma.solvers import ODE_SOLVERS, SDE_SOLVERS, solve_ode, solve_sde
 from .comfy_model import as_zigma
+from .schema import schema
 
 # v = (denoised - x) / sigma is 0/0 at the data; evaluations there are taken this far before it.
 SIGMA_MIN = 1e-3
@@ -25,10 +26,9 @@ class ZigMaSampler(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """What the host shows."""
-        return io.Schema(
+        return schema(
             node_id="ZigMaSampler",
             display_name="ZigMa Sampler",
-            category="ZigMa",
             description="Integrates the flow of a ZigMa model from noise to a picture. Solver euler equals KSampler "
             "with sampler euler and scheduler simple.",
             inputs=[

@@ -10,6 +10,7 @@ from comfy_api.latest import io
 from ..zigma.scan_orders import available_orders
 from ..zigma.sheet import draw_order, labelled_sheet
 from .comfy_model import SCAN_ORDERS, LayerOrder, as_zigma, make_order
+from .schema import schema
 
 
 def parse_numbers(text: str, count: int, what: str) -> list[int]:
@@ -39,10 +40,9 @@ class ZigMaScanOrder(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """What the host shows."""
-        return io.Schema(
+        return schema(
             node_id="ZigMaScanOrder",
             display_name="ZigMa Scan Order",
-            category="ZigMa",
             description="Changes the order in which layers of a ZigMa model read the patches. A model draws best in "
             "the orders it was trained with; others show what the order does. Chain several nodes for a schedule.",
             inputs=[

@@ -32,14 +32,14 @@ def test_the_entry_point_does_nothing_before_it_is_asked(monkeypatch):
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
-def test_nodes_import_zigma_relatively_and_one_file_the_hosts_model_classes(path):
+def test_nodes_import_zigma_relatively_and_the_adapters_alone_the_hosts_model_classes(path):
     for item in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names = [alias.name for alias in item.names] if isinstance(item, ast.Import) else []
         names += [item.module or ""] if isinstance(item, ast.ImportFrom) and item.level == 0 else []
         for name in names:
             assert name.split(".")[0] not in ("zigma", "nodes"), name
             adapter = name in ("comfy.model_base", "comfy.model_patcher", "comfy.sd", "comfy.supported_models_base")
-            assert not adapter or path.name == "comfy_model.py", name
+            assert not adapter or path.name.startswith("comfy_"), name
 
 
 @pytest.mark.parametrize("node", NODE_IDS)
@@ -50,7 +50,7 @@ def test_every_node_has_a_help_page_with_an_example(node):
 
 
 def test_there_is_no_help_page_without_a_node():
-    assert sorted(path.stem for path in (ROOT / "web/docs").glob("*.md")) == NODE_IDS and len(NODE_IDS) == 5
+    assert sorted(path.stem for path in (ROOT / "web/docs").glob("*.md")) == NODE_IDS
 
 
 @pytest.mark.parametrize("path", API, ids=lambda path: path.stem)

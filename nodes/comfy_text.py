@@ -1,0 +1,88 @@
+"""The word-level text encoder as a CLIP of the host: its tokenizer, its model, its weights."""
+
+from __future__ import annotations
+
+import functools
+
+import comfy.model_management
+import comfy.ops
+import comfy.sd
+import comfy.sd1_clip
+import comfy.supported_models_base
+import torch
+from torch import Tensor
+
+from ..zigma.checkpoint import CheckpointFile
+from ..zigma.text import TextEncoderConfig, WordTextEncoder, split_words
+
+__all__ = ["build_clip"]
+
+
+class HostTextModel(torch.nn.Module):
+    """The word-level text encoder behind the interface of the host's CLIP objects."""
+
+    def __init__(self, zigma_config: TextEncoderConfig, dtype=None, device=None, model_options=None) -> None:
+        super().__init__()
+        self.dtypes = {dtype}
+        self.encoder = WordTextEncoder(zigma_config, operations=comfy.ops.manual_cast, device=device, dtype=dtype)
+
+    def set_clip_options(self, options: dict) -> None:
+        """Layer and projection choices of CLIP: this encoder has none."""
+
+    def reset_clip_options(self) -> None:
+        """Nothing to reset."""
+
+    def load_sd(self, state: dict[str, Tensor]):
+        """Load the encoder's tensors."""
+        return self.encoder.load_state_dict(state)
+
+    def encode_token_weights(self, tokens: dict[str, list]) -> tuple[Tensor, None]:
+        """[(word id, weight), ...] -> features (b, length, width); weight 1 is neutral, 0 the empty prompt."""
+        device = comfy.model_management.text_encoder_device()
+        pairs = torch.tensor(tokens["zigma"], dtype=torch.float64)  # (b, length, 2): ids stay exact
+        ids, weights = pairs[..., 0].long().to(device), pairs[..., 1].to(device, torch.float32)
+        features = self.encoder(ids).float()
+        if (weights != 1).any():
+            empty = self.encoder(torch.zeros_like(ids)).float()
+            features = empty + (features - empty) * weights[..., None]
+        return features.to(comfy.model_management.intermediate_device()), None
+
+
+class HostTokenizer:
+    """Prompts as the host writes them, "(word:1.2)" included, to word ids with weights."""
+
+    def __init__(self, config: TextEncoderConfig, embedding_directory=None, tokenizer_data=None) -> None:
+        self.config = config
+        self.words = WordTextEncoder(config, device="meta")  # its vocabulary; the weights are elsewhere
+
+    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **_) -> dict[str, list]:
+        """{"zigma": [[(id, weight), ...]]}, one row of the encoder's length; logs what it cannot see."""
+        parts = comfy.sd1_clip.token_weights(comfy.sd1_clip.escape_important(text), 1.0)
+        parts = [(comfy.sd1_clip.unescape_important(part), weight) for part, weight in parts]
+        self.words.warn([" ".join(part for part, _ in parts)])
+        ids = self.words.ids
+        row = [(ids[word], weight) for part, weight in parts for word in split_words(part) if word in ids]
+        row = row[: self.config.length]
+        return {"zigma": [row + [(0, 1.0)] * (self.config.length - len(row))]}
+
+    def untokenize(self, token_weight_pair: list) -> list:
+        """Each pair with its word, as some nodes show them."""
+        names = ("", *self.config.vocabulary)
+        return [(pair, names[pair[0]]) for pair in token_weight_pair]
+
+    def state_dict(self) -> dict:
+        """Nothing beside the encoder's weights."""
+        return {}
+
+
+def build_clip(file: CheckpointFile):
+    """A host CLIP with the text encoder of a file, or None if it has none. In float32: it is tiny."""
+    if file.text_config is None:
+        return None
+    target = comfy.supported_models_base.ClipTarget(functools.partial(HostTokenizer, file.text_config), HostTextModel)
+    target.params = {"zigma_config": file.text_config}
+    parameters = sum(tensor.numel() for tensor in file.text_state.values())
+    clip = comfy.sd.CLIP(target, parameters=parameters, model_options={"dtype": torch.float32})
+    clip.cond_stage_model.eval().requires_grad_(False)
+    clip.load_sd(file.text_state)
+    return clip

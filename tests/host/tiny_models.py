@@ -1,0 +1,56 @@
+"""Tiny random models of the kinds that the host tests ask for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from zigma.autoencoder import TinyAutoencoder
+from zigma.checkpoint import LatentFormat, save_checkpoint
+from zigma.config import ZigMaConfig
+from zigma.model import ZigMa
+from zigma.text import TextEncoderConfig, WordTextEncoder
+
+
+def write_models(base: Path) -> None:
+    """Fill the models folder of a host's base directory."""
+    folder = base / "models" / "diffusion_models"
+    (base / "models" / "vae").mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    text = WordTextEncoder(TextEncoderConfig(("red", "green", "apple", "fox"), length=6, width=16))
+    autoencoder = TinyAutoencoder(4)
+    fields = {"embed_dim": 32, "depth": 2, "patch_size": 2, "use_pe": 2, "has_text": True, "d_context": 16}
+
+    def model(**more) -> ZigMa:
+        torch.manual_seed(0)
+        model = ZigMa(ZigMaConfig(**{**fields, **more}))
+        with torch.no_grad():
+            for parameter in model.parameters():  # at its initial zeros a model would not look at its condition
+                if parameter.dim() > 1:
+                    parameter.copy_(torch.randn(parameter.shape) / parameter[0].numel() ** 0.5)
+        return model
+
+    latent = LatentFormat(4, scale=(0.5, 1.0, 2.0, 1.5), shift=(0.1, 0.0, -0.2, 0.3),
+                          rgb_factors=[[0.1, 0.2, 0.3]] * 4, rgb_bias=(0.0, 0.1, 0.2))  # fmt: skip
+    full = model(in_channels=4, img_dim=(4, 6))
+    save_checkpoint(full, folder / "tiny.safetensors", text_encoder=text, autoencoder=autoencoder, latent=latent)
+    save_checkpoint(full, folder / "bare.safetensors", latent=latent)
+    kinds = {
+        "both_ways": {"scan_type": "v2", "rms_norm": False}, "shared": {"share_ssm": True, "bias": True},
+        "attention": {"mixer": "attention"}, "places": {"use_pe": 1}, "hilbert": {"scan_type": "hilbertN8"},
+        "legacy": {"legacy_permutation": True},
+    }  # fmt: skip
+    for name, more in kinds.items():
+        kind = model(in_channels=4, img_dim=(4, 6), **more)
+        path = folder / f"kind_{name}.safetensors"
+        save_checkpoint(kind, path, text_encoder=text, autoencoder=autoencoder, latent=latent)
+    classes = model(in_channels=4, img_dim=(4, 6), has_text=False, d_context=0, num_classes=5)
+    save_checkpoint(classes, folder / "class.safetensors", latent=latent)
+    video = model(in_channels=4, img_dim=(4, 6), scan_type="video_sst", video_frames=3)
+    save_checkpoint(video, folder / "video.safetensors", latent=latent)
+    pixels = model(in_channels=3, img_dim=(4, 6), patch_size=1)
+    save_checkpoint(pixels, folder / "pixels.safetensors", text_encoder=text, latent=LatentFormat(3, downscale=1))
+    save_file(autoencoder.state_dict(), base / "models" / "vae" / "tiny_vae.safetensors")
+    (folder / "broken.safetensors").write_bytes(b"<html>not found</html>")

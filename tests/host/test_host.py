@@ -6,17 +6,15 @@ its own virtual environment's interpreter, or COMFYUI_PYTHON.
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from found_hosts import NEEDS_HOST, hosts
 from PIL import Image
-from tiny_models import write_models
 
 from zigma.assets import available_models
 
@@ -28,28 +26,7 @@ CHECKS = [
     for name in re.findall(r"^def (check_\w+)", file.read_text(encoding="utf-8"), re.MULTILINE)
 ]
 
-_spec = importlib.util.spec_from_file_location("zigma_tools_host", ROOT / "tools/host.py")
-hosts = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = hosts
-_spec.loader.exec_module(hosts)
-
-FOUND = hosts.find_hosts()
-pytestmark = [
-    pytest.mark.host,
-    pytest.mark.skipif(not FOUND, reason="NO COMFYUI FOUND: nothing was tested in a real host; set COMFYUI_PATH"),
-]
-
-
-@pytest.fixture(scope="session", params=FOUND or [None], ids=[path.name for path in FOUND] or ["none"])
-def host(request):
-    return request.param
-
-
-@pytest.fixture(scope="session")
-def base(host, tmp_path_factory):
-    folder = hosts.make_base(tmp_path_factory.mktemp("base"))
-    write_models(folder)
-    return folder
+pytestmark = [pytest.mark.host, NEEDS_HOST]
 
 
 @pytest.fixture(scope="session")
@@ -69,15 +46,9 @@ def test_inside(answers, name):
         pytest.fail(answers[name], pytrace=False)
 
 
-@pytest.fixture(scope="session")
-def server(host, base):
-    with hosts.running(host, base) as running:
-        yield running
-
-
 def graph(**changes) -> dict:
     """The shipped workflow on the tiny model; changes as node__input=value."""
-    workflow = json.loads((ROOT / "workflows/api/emoji.json").read_text(encoding="utf-8"))
+    workflow = json.loads((ROOT / "workflows/api/text_to_image.json").read_text(encoding="utf-8"))
     changes = {"1__model_name": "tiny.safetensors", "2__text": "red fox", "5__steps": 4, **changes}
     for key, value in changes.items():
         node, name = key.split("__")

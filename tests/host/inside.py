@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import sys
 import traceback
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,6 +44,23 @@ def check_every_node_has_tooltips_and_a_help_page(pack):
         page = (BASE / "custom_nodes/ZigMa/web/docs" / f"{name}.md").read_text(encoding="utf-8")
         missing = [slot.id for slot in schema.inputs if slot.id not in page]
         assert not missing, f"{name}.md does not speak of {missing}"
+
+
+def check_the_nodes_declare_here_what_the_contract_says(pack):
+    """The contract is written with a stand-in of a host: here is a real one. Lists of files are the machine's own."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "nodes"))
+    contract = importlib.import_module("contract")
+    stated = json.loads(contract.CURRENT.read_text(encoding="utf-8"))
+    declared = {}
+    for node in pack.part("nodes").NODES:
+        schema = node.define_schema()
+        declared[schema.node_id] = json.loads(json.dumps(contract.contract_of(schema)))
+    assert declared.keys() == stated.keys()
+    for name, facts in declared.items():
+        for here, there in zip(facts["inputs"], stated[name]["inputs"], strict=True):
+            if "options" in there and here["id"].endswith("_name"):
+                assert set(there.pop("options")) <= set(here.pop("options")), (name, here)
+        assert facts == stated[name], (name, facts, stated[name])
 
 
 def check_ksampler_equals_the_command_line(pack):

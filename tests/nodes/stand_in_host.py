@@ -1,0 +1,130 @@
+"""Just enough of a host to ask the nodes for their schemas where there is no ComfyUI.
+
+`comfy_api.latest.io` is written out: whatever a node declares is recorded. Everything else of a host is a name that can
+be imported, inherited from and never called. What is learned this way is compared with real hosts in tests/host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PARTS = (
+    "comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "latent_preview", "nodes", "node_helpers",
+    "server",
+)  # fmt: skip
+PACK = "zigma_pack_under_test"
+
+
+class _Slot:
+    """An input or output as it was declared."""
+
+    def __init__(self, id: str | None = None, display_name: str | None = None, **facts) -> None:
+        self.id, self.display_name, self.facts = id, display_name, facts
+        self.optional, self.tooltip = facts.get("optional", False), facts.get("tooltip")
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self.facts.get(name)
+
+
+@dataclasses.dataclass
+class _Schema:
+    node_id: str
+    display_name: str | None = None
+    category: str = "sd"
+    inputs: list = dataclasses.field(default_factory=list)
+    outputs: list = dataclasses.field(default_factory=list)
+    hidden: list = dataclasses.field(default_factory=list)
+    description: str = ""
+    search_aliases: list = dataclasses.field(default_factory=list)
+    is_output_node: bool = False
+    is_deprecated: bool = False
+    is_experimental: bool = False
+    is_input_list: bool = False
+    not_idempotent: bool = False
+
+
+class _IO(types.ModuleType):
+    """`io`: any name is a type of socket with Input and Output, but for the few that are something else."""
+
+    Schema = _Schema
+
+    class ComfyNode:
+        """Base of every node."""
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        made = {side: type(side, (_Slot,), {"io_type": name.upper()}) for side in ("Input", "Output")}
+        kind = type(name, (), made)
+        setattr(self, name, kind)
+        return kind
+
+
+class _Anything(types.ModuleType):
+    """A module of a host: its names are classes that nobody may make an instance of."""
+
+    __path__: list = []  # noqa: RUF012 - what makes it a package
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        kind = type(name, (), {"__init__": _refuse, "__module__": self.__name__})
+        setattr(self, name, kind)
+        return kind
+
+
+def _refuse(self, *_, **__) -> None:
+    raise RuntimeError(f"{type(self).__name__} of a host was called, but there is only a stand-in")
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in PARTS:
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        return None
+
+    def create_module(self, spec):
+        module = _Anything(spec.name)
+        if spec.name == "comfy_api.latest":
+            module.io = _IO("comfy_api.latest.io")
+        if spec.name == "folder_paths":
+            files = {name: staticmethod(lambda *_: []) for name in ("get_filename_list", "get_folder_paths")}
+            for name, function in files.items():
+                setattr(module, name, function.__func__)
+            module.models_dir, module.folder_names_and_paths = "models", {}
+            module.add_model_folder_path = lambda *_, **__: None
+        return module
+
+    def exec_module(self, module) -> None:
+        """Nothing to run."""
+
+
+@contextlib.contextmanager
+def nodes_of_the_pack() -> Iterator[list[type]]:
+    """The node classes, loaded by path under another name, as a host does it; nothing of it stays imported."""
+    before, finder = set(sys.modules), _Finder()
+    sys.meta_path.insert(0, finder)
+    try:
+        spec = importlib.util.spec_from_file_location(
+            PACK, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+        )  # fmt: skip
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[PACK] = module
+        spec.loader.exec_module(module)
+        yield importlib.import_module(f"{PACK}.nodes").NODES
+    finally:
+        sys.meta_path.remove(finder)
+        for name in set(sys.modules) - before:
+            if name.partition(".")[0] in (*PARTS, PACK):
+                del sys.modules[name]

@@ -162,6 +162,16 @@ class HostModel(comfy.model_base.BaseModel):
     def __init__(self, config: HostConfig, device=None) -> None:
         super().__init__(config, model_type=comfy.model_base.ModelType.FLOW, device=device, unet_model=HostZigMa)
 
+    def apply_model(self, x: Tensor, t: Tensor, *arguments, **keywords) -> Tensor:
+        """One evaluation. Whatever sampler asks for it, Stop stops before the next: a host asks once in a step."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        if getattr(self.model_sampling, "multiplier", 1.0) != 1.0:
+            raise ValueError(
+                "use ModelSamplingAuraFlow in place of ModelSamplingSD3, or the shift of ZigMa Scheduler: got a model "
+                f"whose times run to {self.model_sampling.multiplier:g}, expected them to run to 1 as ZigMa counts them"
+            )
+        return super().apply_model(x, t, *arguments, **keywords)
+
 
 def build_model(file: CheckpointFile):
     """A host MODEL (ModelPatcher) with the denoiser of a file."""

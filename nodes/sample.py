@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+
 import comfy.sample
-import comfy.samplers
 import latent_preview
 import torch
 from comfy_api.latest import io
-from torch import Tensor
 
-from ..zigma.solvers import ODE_SOLVERS, SDE_SOLVERS, solve_ode, solve_sde
+from ..zigma.solvers import ODE_SOLVERS, SDE_SOLVERS
+from ..zigma.time_grids import sigma_grid
 from .comfy_model import as_zigma
+from .integrate import FlowSampler, OdeSettings, SdeSettings
+from .scheduler import SHIFT, SPACING
 from .schema import schema
-
-# v = (denoised - x) / sigma is 0/0 at the data; evaluations there are taken this far before it.
-SIGMA_MIN = 1e-3
 
 SDE = {f"sde-{name}": name for name in SDE_SOLVERS}
 SOLVERS = [*ODE_SOLVERS, *SDE]
@@ -31,6 +31,7 @@ class ZigMaSampler(io.ComfyNode):
             display_name="ZigMa Sampler",
             description="Integrates the flow of a ZigMa model from noise to a picture. Solver euler equals KSampler "
             "with sampler euler and scheduler simple.",
+            search_aliases=["ksampler", "flow matching", "ode", "sde", "denoise"],
             inputs=[
                 io.Model.Input("model", tooltip="A ZigMa model, with or without LoRA or other scan orders."),
                 io.Conditioning.Input("positive", tooltip="What the picture should show, from CLIP Text Encode."),
@@ -43,8 +44,9 @@ class ZigMaSampler(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "steps", default=50, min=1, max=10000,
-                    tooltip="Intervals of the time grid. heun and midpoint evaluate the model twice in each, rk4 four "
-                    "times; dopri5 chooses its own steps and does not use this.",
+                    tooltip="Intervals of the time grid. Model evaluations in each: euler 1, heun, midpoint and "
+                    "sde-heun 2, heun3 3, rk4 4; an SDE adds 1 at its end. dopri5 chooses its own steps and does not "
+                    "use this.",
                 ),
                 io.Float.Input(
                     "cfg", default=3.0, min=0.0, max=100.0, step=0.1,
@@ -59,50 +61,38 @@ class ZigMaSampler(io.ComfyNode):
                     "denoise", default=1.0, min=0.01, max=1.0, step=0.01,
                     tooltip="1 starts from pure noise; less keeps that much of latent_image.",
                 ),
+                io.Combo.Input("spacing", optional=True, **SPACING),
+                io.Float.Input("shift", optional=True, **SHIFT),
+                io.Sampler.Input(
+                    "sampler", optional=True,
+                    tooltip="From ZigMa ODE Sampler or ZigMa SDE Sampler: takes the place of solver, with its "
+                    "tolerances, diffusion and last step.",
+                ),
             ],
             outputs=[io.Latent.Output(tooltip="For VAE Decode or ZigMa VAE Decode.")],
         )  # fmt: skip
 
     @classmethod
     def execute(
-        cls, model, positive, negative, latent_image, seed: int, steps: int, cfg: float, solver: str, denoise: float
-    ) -> io.NodeOutput:
+        cls, model, positive, negative, latent_image, seed: int, steps: int, cfg: float, solver: str, denoise: float,
+        spacing: str = "uniform", shift: float = 1.0, sampler=None,
+    ) -> io.NodeOutput:  # fmt: skip
         """Hand our solver to the host's sampling as a sampler of its own."""
         as_zigma(model)
-        latent = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"])
-        noise = comfy.sample.prepare_noise(latent, seed, latent_image.get("batch_index"))
-        sampler = comfy.samplers.KSAMPLER(_integrate, {"solver": solver, "steps": steps, "noise_seed": seed})
+        sigmas = torch.tensor(sigma_grid(steps, spacing, shift, denoise))
+        latent = _fitting(model, latent_image)
         samples = comfy.sample.sample_custom(
-            model, noise, cfg, sampler, torch.linspace(denoise, 0, steps + 1), positive, negative, latent,
-            noise_mask=latent_image.get("noise_mask"), seed=seed,
+            model, comfy.sample.prepare_noise(latent, seed, latent_image.get("batch_index")), cfg,
+            sampler or FlowSampler(SdeSettings(SDE[solver]) if solver in SDE else OdeSettings(solver)), sigmas,
+            positive, negative, latent, noise_mask=latent_image.get("noise_mask"), seed=seed,
             callback=latent_preview.prepare_callback(model, steps),
         )  # fmt: skip
-        kept = {key: value for key, value in latent_image.items() if key != "downscale_ratio_spacial"}
+        kept = {key: value for key, value in latent_image.items() if not key.startswith("downscale_ratio_")}
         return io.NodeOutput({**kept, "samples": samples})
 
 
-def _integrate(
-    model, x: Tensor, sigmas: Tensor, extra_args=None, callback=None, disable=None, *, solver, steps, noise_seed
-) -> Tensor:
-    """A sampler function of the host: x (b, c, h, w) at sigmas[0] to the latent at sigma 0."""
-
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        sigma = (1 - t).clamp(min=SIGMA_MIN)
-        denoised = model(x, sigma, **(extra_args or {}))
-        return (denoised - x) / sigma.reshape(-1, 1, 1, 1)
-
-    def on_step(i: int, t: float, x: Tensor, v: Tensor) -> None:
-        # The host's progress, previews and interruption all hang on this call.
-        if callback is not None:
-            sigma = torch.as_tensor(1 - t)
-            callback({"x": x, "i": min(i, steps - 1), "sigma": sigma, "sigma_hat": sigma, "denoised": x + (1 - t) * v})
-
-    t0 = 1 - float(sigmas[0])
-    if solver in SDE:
-        # Not the seed itself: the SDE's noise must not repeat the noise it starts from.
-        generator = torch.Generator("cpu").manual_seed((noise_seed + 1) % 2**63)
-        size = min(0.04, (1 - t0) / 2)
-        return solve_sde(
-            velocity, x, steps, SDE[solver], t0=t0, last_step_size=size, generator=generator, callback=on_step
-        )  # fmt: skip
-    return solve_ode(velocity, x, steps, solver, t0=t0, callback=on_step)
+def _fitting(model, latent_image: dict) -> torch.Tensor:
+    """An empty latent of another kind of model in the shape of this one, as far as the host can tell."""
+    fix = comfy.sample.fix_empty_latent_channels
+    ratios = {name: latent_image[name] for name in inspect.signature(fix).parameters if name in latent_image}
+    return fix(model, latent_image["samples"], **ratios)

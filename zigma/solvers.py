@@ -271,6 +271,7 @@ def solve_sde(
     *,
     t0: float | None = None,
     t1: float | None = None,
+    times: Sequence[float] | Tensor | None = None,
 ) -> Tensor:
     """Integrate dx = (v + w s) dt + sqrt(2 w) dW, SiT (4), from noise x0 (b, ...) to data, (b, ...).
 
@@ -282,14 +283,19 @@ def solve_sde(
     last_step  without noise, from t1 over last_step_size: "mean" (drift), "euler" (velocity), "tweedie" (the posterior
                mean of the data); None: the steps themselves reach t = 1.
     t0, t1     default 0 (see sbdm) and 1 - last_step_size, or 1 without a last step.
+    times      the whole rising grid of the noisy steps, in place of steps, t0 and t1; the last step starts at its end.
     generator  source of the noise; it alone decides the outcome for a given x0.
     callback   called as callback(step, t, x, v) with v = velocity(x, t) for each step and for the last one.
     """
     _check_sde(method, diffusion, norm, last_step, last_step_size)
+    if times is not None and (t0 is not None or t1 is not None):
+        raise ValueError("times is the whole grid of the SDE: expected it, or t0 and t1, but not both")
     t0 = t0 if t0 is not None else path.t_min if diffusion.lower() == "sbdm" else 0.0
     t1 = t1 if t1 is not None else 1.0 if last_step is None else 1 - last_step_size
-    if not t0 < t1:
-        raise ValueError(f"an SDE runs from noise (0) to data (1): expected t0 < t1, got t0={t0:g} and t1={t1:g}")
+    grid = _time_grid(steps, t0, t1, times)
+    t1 = grid[-1]
+    if not grid[0] < t1:
+        raise ValueError(f"an SDE runs from noise (0) to data (1): expected t0 < t1, got t0={grid[0]:g} and t1={t1:g}")
     f, x = _field(velocity, x0.dtype), _wide(x0)
 
     def w(t: float) -> float:
@@ -304,7 +310,7 @@ def solve_sde(
 
     noise_first = method.lower() == "heun"
     step = heun if noise_first else euler
-    for i, (t, u) in enumerate(pairwise(_time_grid(steps, t0, t1, None))):
+    for i, (t, u) in enumerate(pairwise(grid)):
         noise = math.sqrt(2 * w(t) * (u - t)) * randn_like(x, generator)
         x = x + noise if noise_first else x
         v = f(x, t)
@@ -317,7 +323,7 @@ def solve_sde(
 
     v = f(x, t1)
     if callback is not None:
-        callback(steps, t1, x, v)
+        callback(len(grid) - 1, t1, x, v)
     if last_step.lower() == "tweedie":
         return path.data_from_velocity(v, x, _time(t1, x)).to(x0.dtype)
     return (x + last_step_size * (add_score(v, x, t1) if last_step.lower() == "mean" else v)).to(x0.dtype)

@@ -1,0 +1,190 @@
+"""The solvers of this pack as a SAMPLER of the host, which SamplerCustomAdvanced, SamplerCustom and our own node run.
+
+The host hands over its model, the noised latent and falling sigmas; it does the rest: noise, masks, guidance, previews.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import comfy.model_sampling
+import comfy.samplers
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..zigma.flow import expand_time
+from ..zigma.solvers import Callback, solve_ode, solve_sde
+from ..zigma.time_grids import ending_at
+
+__all__ = ["FlowSampler", "OdeSettings", "SdeSettings"]
+
+# v = (denoised - x) / sigma is 0/0 at the data; evaluations there are taken this far before it.
+SIGMA_MIN = 1e-3
+TOLERANCE = 1e-4  # a schedule computed in half precision may start this far above 1
+HUNDREDTHS = 100  # what dopri5, which does not know its number of steps, counts its progress in
+
+
+@dataclass(frozen=True)
+class OdeSettings:
+    """How to integrate the ODE: `solve_ode` says what the fields mean."""
+
+    method: str = "euler"
+    rtol: float = 1e-3
+    atol: float = 1e-6
+
+    def reports(self, sigmas: list[float]) -> int:
+        """What the progress bar counts to."""
+        return HUNDREDTHS if self.method == "dopri5" else len(sigmas) - 1
+
+    def report(self, step: int, t: float, sigmas: list[float]) -> int:
+        """What the progress bar shows in this step, counted from 0."""
+        if self.method != "dopri5":
+            return step
+        covered = (sigmas[0] - (1 - t)) / (sigmas[0] - sigmas[-1])
+        return max(round(HUNDREDTHS * covered) - 1, 0)
+
+    def solve(self, field: _Field, x: Tensor, sigmas: list[float], seed: int | None, on_step: Callback) -> Tensor:
+        """x at the first sigma to x at the last."""
+        times = [1 - sigma for sigma in sigmas]
+        if self.method != "dopri5":
+            return solve_ode(field, x, method=self.method, times=times, callback=on_step)
+        x = solve_ode(
+            field, x, method="dopri5", rtol=self.rtol, atol=self.atol, t0=times[0], t1=times[-1], callback=on_step
+        )  # fmt: skip
+        on_step(0, times[-1], x, x)  # its last evaluation was at the end of its last step
+        return x
+
+
+@dataclass(frozen=True)
+class SdeSettings:
+    """How to integrate the SDE: `solve_sde` says what the fields mean. A last_step of None has none."""
+
+    method: str = "euler-maruyama"
+    diffusion: str = "sigma"
+    norm: float = 1.0
+    last_step: str | None = "mean"
+    last_step_size: float = 0.04
+
+    def reports(self, sigmas: list[float]) -> int:
+        """What the progress bar counts to."""
+        return len(sigmas) - 1 + (self.last_step is not None and sigmas[-1] == 0)
+
+    def report(self, step: int, t: float, sigmas: list[float]) -> int:
+        """What the progress bar shows in this step, counted from 0."""
+        return step
+
+    def solve(self, field: _Field, x: Tensor, sigmas: list[float], seed: int | None, on_step: Callback) -> Tensor:
+        """x at the first sigma to x at the last. Sigmas that end above 0 have no last step."""
+        settings, size = self, self.last_step_size
+        if sigmas[-1] > 0:
+            settings = replace(self, last_step=None)
+        elif self.last_step is not None:
+            size = min(size, sigmas[0] / 2)  # of a run that starts close to the data
+            sigmas = ending_at(sigmas, size)
+        # Not the seed itself: the SDE's noise must not repeat the noise it starts from.
+        generator = None if seed is None else torch.Generator("cpu").manual_seed((seed + 1) % 2**63)
+        return solve_sde(
+            field, x, method=self.method, diffusion=self.diffusion, norm=self.norm, last_step=settings.last_step,
+            last_step_size=size, generator=generator, times=[1 - sigma for sigma in sigmas], callback=on_step,
+        )  # fmt: skip
+
+
+class FlowSampler(comfy.samplers.KSAMPLER):
+    """A SAMPLER whose progress bar counts what it really does."""
+
+    def __init__(self, settings: OdeSettings | SdeSettings) -> None:
+        super().__init__(integrate, {"settings": settings})
+
+    def sample(self, model_wrap, sigmas, extra_args, callback, *arguments, **keywords) -> Tensor:
+        """The host's way to run a sampler."""
+        settings, walked = self.extra_options["settings"], _distinct(sigmas)
+
+        def counted(step: int, denoised: Tensor, x: Tensor, _total: int) -> None:
+            callback(step, denoised, x, settings.reports(walked))
+
+        return super().sample(model_wrap, sigmas, extra_args, callback and counted, *arguments, **keywords)
+
+
+def integrate(
+    model, x: Tensor, sigmas: Tensor, extra_args=None, callback=None, disable=None, *, settings
+) -> Tensor:  # fmt: skip
+    """A sampler function of the host: x (b, c, ...) at the first of the sigmas to x at the last.
+
+    Raises:
+        ValueError: for sigmas or a model that are not of a flow.
+    """
+    _check_model(model.inner_model.inner_model.model_sampling)
+    walked = _checked(_distinct(sigmas))
+    if len(walked) < 2:
+        return x
+    extra_args = extra_args or {}
+    field = _Field(model, extra_args)
+    with tqdm(total=settings.reports(walked), disable=disable) as bar:
+
+        def on_step(step: int, t: float, x: Tensor, _v: Tensor) -> None:
+            shown = settings.report(step, t, walked)
+            bar.update(shown + 1 - bar.n)
+            if callback is not None:
+                sigma = torch.as_tensor(1 - t)
+                callback({"x": x, "i": shown, "sigma": sigma, "sigma_hat": sigma, "denoised": field.denoised})
+
+        x = settings.solve(field, x, walked, extra_args.get("seed"), on_step)
+    mask = extra_args.get("denoise_mask")
+    if mask is not None and walked[-1] == 0 and isinstance(settings, SdeSettings):
+        # What an SDE leaves beside the expected picture is noise; where the mask keeps the picture there is to be none.
+        x = field.denoised + mask * (x - field.denoised)
+    return x
+
+
+class _Field:
+    """The host's model, which tells the picture that it expects, as a velocity; keeps what it told last."""
+
+    def __init__(self, model, extra_args: dict[str, Any]) -> None:
+        self.model, self.extra_args = model, extra_args
+        self.denoised: Tensor | None = None
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        sigma = (1 - t).clamp(min=SIGMA_MIN)
+        self.denoised = self.model(x, sigma, **self.extra_args)
+        return (self.denoised - x) / expand_time(sigma, x)
+
+
+def _distinct(sigmas: Tensor) -> list[float]:
+    """Without repetitions, which schedules of many steps have: nothing happens in an interval of no length."""
+    values = sigmas.tolist()
+    return [value for i, value in enumerate(values) if i == 0 or value != values[i - 1]]
+
+
+def _checked(sigmas: list[float]) -> list[float]:
+    """Falling sigmas between 1 and 0, or a sentence."""
+    remedy = "connect ZigMa Scheduler, or BasicScheduler with a ZigMa MODEL, to sigmas"
+    if sigmas[0] > 1 + TOLERANCE:
+        raise ValueError(
+            f"{remedy}: got sigmas from {sigmas[0]:g}, which are of another kind of model, expected them to fall from "
+            "at most 1 (noise) to 0 (picture)"
+        )
+    if not all(a > b for a, b in pairwise(sigmas)) or not sigmas[-1] >= 0:
+        raise ValueError(f"{remedy}: got {_shown(sigmas)}, expected sigmas that fall in each step, and not below 0")
+    if len(sigmas) == 1 and sigmas[0] >= 1 - TOLERANCE:
+        raise ValueError(
+            f"give at least two different sigmas: got {_shown(sigmas)}, so that the noise would be left as it is; "
+            "after SplitSigmas use a step of 1 or more"
+        )
+    return [min(sigma, 1.0) for sigma in sigmas]
+
+
+def _shown(sigmas: list[float]) -> str:
+    shown = ", ".join(f"{sigma:.4g}" for sigma in sigmas[:6])
+    return f"[{shown}{', ...' if len(sigmas) > 6 else ''}]"
+
+
+def _check_model(sampling) -> None:
+    """The samplers know x = (1 - sigma) picture + sigma noise, and nothing else."""
+    if not isinstance(sampling, comfy.model_sampling.CONST):
+        raise ValueError(
+            "connect a ZigMa MODEL to the guider or sampler node: got a model that is no flow "
+            f"({type(sampling).__name__}), expected one, as ZigMa is, for the ZigMa samplers"
+        )

@@ -56,7 +56,7 @@ def shifted(sigma: float, shift: float) -> float:
 
     It makes up for a picture of s^2 times as many pixels, whose noise hides less of it.
     """
-    return shift * sigma / (1 + (shift - 1) * sigma)
+    return shift * sigma / (shift * sigma + (1 - sigma))  # so written it is 1 at 1 whatever the shift
 
 
 def sigma_grid(steps: int, spacing: str = "uniform", shift: float = 1.0, denoise: float = 1.0) -> list[float]:

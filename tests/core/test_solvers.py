@@ -327,6 +327,23 @@ def test_generator_alone_decides_the_noise(method):
     assert torch.equal(before, torch.get_rng_state())
 
 
+@pytest.mark.parametrize("last_step", [None, "mean", "tweedie", "euler"])
+@pytest.mark.parametrize("method", SDE_SOLVERS)
+def test_given_times_are_the_grid_of_an_sde(method, last_step):
+    """The same as its own grid; and on an uneven one as two runs, one after the other, from one stream of noise."""
+    x0, kwargs = torch.randn(3, 4, dtype=torch.float64), {"last_step": last_step, "last_step_size": 0.1}
+    end = 1.0 if last_step is None else 0.9
+    even, seen = [end * i / 8 for i in range(9)], []
+    given = solve_sde(toy, x0, 0, method, generator=seeded(0), times=torch.tensor(even), **kwargs)
+    torch.testing.assert_close(given, solve_sde(toy, x0, 8, method, generator=seeded(0), **kwargs))
+
+    times, generator = [0.0, 0.1, 0.15, 0.5, 0.8, end], seeded(1)
+    whole = solve_sde(toy, x0, method=method, generator=seeded(1), times=times, callback=lambda *a: seen.append(a))
+    half = solve_sde(toy, x0, method=method, generator=generator, times=times[:4], last_step=None)
+    torch.testing.assert_close(whole, solve_sde(toy, half, method=method, generator=generator, times=times[3:]))
+    assert [a[0] for a in seen] == list(range(6)) and [a[1] for a in seen] == times
+
+
 # --- callbacks and memory
 
 
@@ -556,6 +573,9 @@ def test_published_likelihood(recorded):
         (lambda x: solve_sde(toy, x, last_step="none"), r"unknown last step \(or None\) .* mean, tweedie, euler"),
         (lambda x: solve_sde(toy, x, last_step_size=0.0), "last_step_size .* between 0 and 1, got 0.0"),
         (lambda x: solve_sde(toy, x, t0=0.5, t1=0.2), "expected t0 < t1, got t0=0.5 and t1=0.2"),
+        (lambda x: solve_sde(toy, x, times=[0.5, 0.2]), "expected t0 < t1, got t0=0.5 and t1=0.2"),
+        (lambda x: solve_sde(toy, x, times=[0.0, 0.5, 0.4]), "strictly rising"),
+        (lambda x: solve_sde(toy, x, times=[0.0, 1.0], t0=0.1), "times is the whole grid .* but not both"),
         (lambda x: solve_sde(toy, x, norm=-1.0), "expected a number of at least 0, got -1.0"),
         (lambda x: likelihood(toy, x, probes=0), "expected at least 1, got 0"),
         (lambda x: likelihood(torch.no_grad()(toy), x), "no gradient by x"),

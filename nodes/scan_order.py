@@ -8,7 +8,8 @@ import torch
 from comfy_api.latest import io
 
 from ..zigma.scan_orders import available_orders
-from ..zigma.sheet import draw_order, labelled_sheet
+from ..zigma.order_drawing import draw_order
+from ..zigma.sheet import labelled_sheet
 from .comfy_model import SCAN_ORDERS, LayerOrder, as_zigma, make_order
 from .schema import schema
 

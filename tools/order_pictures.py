@@ -10,8 +10,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from zigma.order_drawing import draw_order
 from zigma.scan_orders import count_jumps, scan_order
-from zigma.sheet import draw_order, labelled_sheet, save_picture
+from zigma.sheet import labelled_sheet, save_picture
 
 KINDS = ("sweep", "zigzag", "hilbert", "hilbert-published", "diagonal")
 GRIDS = ((8, 8), (6, 10))

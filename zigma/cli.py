@@ -140,7 +140,8 @@ def _parser() -> Parser:
     order.add_argument("--height", type=int, default=8, help="of the grid, in tokens (default: %(default)s)")
     order.add_argument("--width", type=int, default=8, help="of the grid, in tokens (default: %(default)s)")
     order.add_argument("--seed", type=int, default=0, help="of the kind random (default: %(default)s)")
-    order.add_argument("--png", type=Path, help="draw it into this file")
+    order.add_argument("--png", type=Path, help="draw it into this file, and print its measures")
+    order.add_argument("--over", type=Path, metavar="PICTURE", help="draw it over this picture (with --png)")
 
     command("doctor", doctor_command, "Say what is installed here, and which scan backends and devices can run.")
     return parser

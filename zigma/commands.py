@@ -8,7 +8,10 @@ import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # The imports that bring torch stand in the commands, so that --help and a misspelt option answer at once.
 
@@ -121,17 +124,28 @@ def scan_order_command(options: argparse.Namespace) -> Iterator[str]:
     """The step at which each token is read, as the grid; or the path as a picture."""
     import torch
 
-    from .scan_orders import available_orders, count_jumps, inverse_order, scan_order
-    from .sheet import draw_order, labelled_sheet, save_picture
+    from .order_drawing import draw_order
+    from .order_table import format_table, longest_step, neighbour_distance
+    from .scan_orders import available_orders, continuity, count_jumps, inverse_order, scan_order
+    from .sheet import labelled_sheet, save_picture
 
     generator = torch.Generator().manual_seed(options.seed)
     kind, height, width = options.kind, options.height, options.width
     indices = [options.index] if options.index is not None else range(min(8, available_orders().get(kind, 1)))
     orders = [scan_order(kind, index, height=height, width=width, generator=generator) for index in indices]
+    if options.over is not None and options.png is None:
+        raise UserError("--over draws over a picture: say with --png into which file")
     if options.png:
-        drawings = [draw_order(order, height, width) for order in orders]
+        over = None if options.over is None else _read_picture(options.over)
+        drawings = [draw_order(order, height, width, over=over, opacity=0.9 if over else 1.0) for order in orders]
         names = [f"{kind} {index}" for index in indices]
         yield save_picture(drawings[0] if len(drawings) == 1 else labelled_sheet(drawings, names), options.png)
+        lines = [["order", "jumps", "continuity", "longest step", "neighbours"]]
+        for name, order in zip(names, orders, strict=True):
+            measures = (f"{continuity(order, width):.2f}", f"{longest_step(order, width)}")
+            apart = f"{neighbour_distance(order, width):.1f} apart"
+            lines.append([name, str(count_jumps(order, width)), *measures, apart])
+        yield from format_table(lines, left=1).splitlines()
         return
     digits = len(str(height * width - 1))
     for index, order in zip(indices, orders, strict=True):
@@ -140,6 +154,16 @@ def scan_order_command(options: argparse.Namespace) -> Iterator[str]:
             yield "  " + " ".join(f"{step:{digits}d}" for step in row)
         yield f"order: {' '.join(map(str, order.tolist()))}"
         yield f"jumps: {count_jumps(order, width)}"
+        yield f"continuity: {continuity(order, width):.2f}"
+
+
+def _read_picture(path: Path) -> Image.Image:
+    from PIL import Image
+
+    try:
+        return Image.open(path).convert("RGB")
+    except OSError as error:
+        raise UserError(f"give --over a picture: {path} cannot be read as one ({error})") from error
 
 
 def doctor_command(options: argparse.Namespace) -> Iterator[str]:

@@ -23,6 +23,7 @@ import torch
 __all__ = [
     "LayerSchedule",
     "available_orders",
+    "continuity",
     "count_jumps",
     "inverse_order",
     "is_order",
@@ -100,6 +101,22 @@ def count_jumps(order: torch.Tensor, width: int) -> int:
     """
     row, column = order // width, order % width
     return int(((row.diff().abs() + column.diff().abs()) != 1).sum())
+
+
+def continuity(order: torch.Tensor, width: int) -> float:
+    """The share of steps that go to a neighbour (left, right, above or below) on the grid: 1 - jumps / (l - 1).
+
+    In [0, 1], 1 for a path that never jumps and for a single token. On h x w tokens, read along rows: 1 for a zigzag,
+    1 - (h - 1) / (h w - 1) for a sweep of w > 1 columns, and (4 h w - 2 h - 2 w) / (h w (h w - 1)) on average over all
+    random orders. It is C, the share of contiguous segments, of Mokbel, Aref and Kamel, "Analysis of
+    multi-dimensional space-filling curves", GeoInformatica 7 (2003).
+
+    Args:
+        order: (l,) raster indices in the order in which they are read.
+        width: columns of the grid.
+    """
+    steps = order.numel() - 1
+    return 1.0 if steps < 1 else 1 - count_jumps(order, width) / steps
 
 
 def _seen_from_corner(index: int, height: int, width: int) -> torch.Tensor:
@@ -312,6 +329,14 @@ class LayerSchedule:
     def random(self) -> bool:
         """Whether the orders are drawn, and therefore part of a model rather than of its name."""
         return self.kind == "random"
+
+    def names(self) -> list[str]:
+        """What each layer's order is called: "zigzag 3"; "forwards", "backwards" in time; "both ways" of the raster."""
+        if self.bidirectional:
+            return ["both ways"] * self.depth
+        space = [f"{self.kind} {index}" for index in range(self.count)]
+        made = {"s": space, "t": ["forwards", "backwards"], "a": space}
+        return [made[axis][place % len(made[axis])] for axis, place in zip(self.axes, self._places, strict=True)]
 
     def orders(
         self, height: int, width: int, frames: int = 0, generator: torch.Generator | None = None

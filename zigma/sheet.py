@@ -1,12 +1,11 @@
-"""Pictures for people: labelled sheets of samples, and a token order drawn as the path it is.
+"""Pictures for people: tensors as pictures, labelled sheets of them, files.
 
-Pillow only, and its built-in font, so that a sheet looks the same on every machine.
+Pillow only, and its built-in font where that has the letters, so that a sheet looks the same on every machine.
 """
 
 from __future__ import annotations
 
 import io
-import itertools
 import math
 import os
 from collections.abc import Sequence
@@ -16,7 +15,6 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 __all__ = [
-    "draw_order",
     "enlarge",
     "labelled_sheet",
     "picture_format",
@@ -26,11 +24,8 @@ __all__ = [
 ]
 
 INK, FAINT_INK, HAIRLINE, PAPER = (38, 41, 46), (120, 124, 130), (226, 229, 233), (255, 255, 255)
-# A path's colour from its first token to its last: dark blue, teal, green, yellow (after viridis; light means late).
-PATH_COLOURS = ((68, 33, 116), (48, 103, 141), (38, 160, 134), (122, 202, 80), (236, 212, 40))
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 ANIMATIONS = (".webp", ".mp4")
-OVERSAMPLING = 4  # Pillow draws lines without anti-aliasing: draw larger, then shrink.
 
 
 def to_pictures(images: torch.Tensor) -> list[Image.Image]:
@@ -62,7 +57,7 @@ def labelled_sheet(
 
     Args:
         pictures: at least one; a cell is as large as the largest of them.
-        captions: one for each picture, may be empty.
+        captions: one for each picture, may be empty; a line break in one is kept.
         columns: pictures in a row; None makes the sheet about one and a half times as wide as high.
         title, footnote: a line above and below, each left out when empty.
         text_size: of the captions, in pixels.
@@ -103,43 +98,6 @@ def labelled_sheet(
     for number, text in enumerate(below):
         draw.text((gap, y + number * line), text, FAINT_INK, font)
     return sheet
-
-
-def draw_order(order: torch.Tensor, height: int, width: int, *, size: int = 240) -> Image.Image:
-    """A token order as a path over the grid: dark where it starts, light where it ends, jumps as thin grey lines.
-
-    Args:
-        order: (height * width,) raster indices in the order in which they are read.
-        height, width: the grid in tokens.
-        size: the longer side of the drawing, in pixels.
-    """
-    if order.dim() != 1 or order.numel() != height * width:
-        raise ValueError(
-            f"got an order of shape {tuple(order.shape)}, but a grid of {height}x{width} has {height * width} tokens"
-        )
-    cell = OVERSAMPLING * size / max(height, width)
-    sheet = Image.new("RGB", (round(cell * width), round(cell * height)), PAPER)
-    draw = ImageDraw.Draw(sheet)
-    if cell >= 6 * OVERSAMPLING:  # below that the grid would be all there is to see
-        for column in range(width + 1):
-            draw.line((column * cell, 0, column * cell, sheet.height), HAIRLINE, OVERSAMPLING)
-        for row in range(height + 1):
-            draw.line((0, row * cell, sheet.width, row * cell), HAIRLINE, OVERSAMPLING)
-    places = [((index % width + 0.5) * cell, (index // width + 0.5) * cell) for index in order.tolist()]
-    steps = list(itertools.pairwise(places))
-    # A step to any of the eight neighbours is drawn as path; scan_orders.count_jumps is stricter, with four.
-    is_jump = [max(abs(x1 - x0), abs(y1 - y0)) > 1.5 * cell for (x0, y0), (x1, y1) in steps]
-    for (start, end), jump in zip(steps, is_jump, strict=True):
-        if jump:
-            draw.line((*start, *end), (190, 194, 200), max(1, round(0.04 * cell)))
-    stroke = max(OVERSAMPLING, round(0.22 * cell))
-    for number, ((start, end), jump) in enumerate(zip(steps, is_jump, strict=True)):
-        if not jump:
-            draw.line((*start, *end), _path_colour(number / len(steps)), stroke)
-    for number, place in enumerate(places):
-        radius = 0.3 * cell if number in (0, len(places) - 1) else stroke / 2
-        _disc(draw, place, radius, _path_colour(number / max(1, len(places) - 1)))
-    return sheet.reduce(OVERSAMPLING)
 
 
 def picture_format(path: Path) -> str:
@@ -219,19 +177,6 @@ def _write(encoded: io.BytesIO, path: Path) -> Path:
     return path
 
 
-def _disc(draw: ImageDraw.ImageDraw, centre: tuple[float, float], radius: float, colour: tuple[int, ...]) -> None:
-    x, y = centre
-    draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
-
-
-def _path_colour(fraction: float) -> tuple[int, ...]:
-    """The colour at `fraction` (0 to 1) of the way, linear between the stops."""
-    position = fraction * (len(PATH_COLOURS) - 1)
-    left = min(int(position), len(PATH_COLOURS) - 2)
-    pairs = zip(PATH_COLOURS[left], PATH_COLOURS[left + 1], strict=True)
-    return tuple(round(a + (b - a) * (position - left)) for a, b in pairs)
-
-
 def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
     try:
         return ImageFont.load_default(size)
@@ -243,6 +188,13 @@ def _wrap(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: 
     """The text in lines no wider than `width` pixels, broken between words, and within a word that is wider alone."""
     if isinstance(font, ImageFont.ImageFont):  # the bitmap font raises on what it lacks
         text = text.encode("latin-1", "replace").decode("latin-1")
+    lines: list[str] = []
+    for paragraph in text.splitlines():
+        lines += _wrap_paragraph(paragraph, font, width)
+    return lines
+
+
+def _wrap_paragraph(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: float) -> list[str]:
     lines: list[str] = []
     for word in text.split():
         joined = f"{lines[-1]} {word}" if lines else word

@@ -189,13 +189,28 @@ def test_scan_order_prints_the_step_of_each_token(capsys):
     assert main(["scan-order", "zigzag", "--index", "1", "--height", "2", "--width", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines[1:3]] == [["0", "3", "4"], ["1", "2", "5"]]
-    assert lines[3:] == ["order: 0 3 4 1 2 5", "jumps: 0"]
+    assert lines[3:] == ["order: 0 3 4 1 2 5", "jumps: 0", "continuity: 1.00"]
 
 
 def test_scan_order_draws(tmp_path, capsys):
     assert main(["scan-order", "hilbert", "--png", str(tmp_path / "all.png")]) == 0
     assert main(["scan-order", "hilbert", "--index", "1", "--png", str(tmp_path / "one.png")]) == 0
     assert Image.open(tmp_path / "all.png").width > 2 * Image.open(tmp_path / "one.png").width
+
+
+def test_scan_order_draws_over_a_picture_and_prints_its_measures(tmp_path, capsys):
+    under, out = tmp_path / "under.png", tmp_path / "out.png"
+    Image.new("RGB", (96, 64), (10, 90, 40)).save(under)
+    size = ["--height", "4", "--width", "6"]
+    assert main(["scan-order", "sweep", "--index", "0", *size, "--over", str(under), "--png", str(out)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["order", "jumps", "continuity", "longest", "step", "neighbours"]
+    assert lines[2].split() == ["sweep", "0", "3", "0.87", "6", "3.4", "apart"]
+    drawn = Image.open(out)
+    assert drawn.size == (96, 64) and drawn.getpixel((16, 0)) == (10, 90, 40) != drawn.getpixel((24, 8))
+    assert "say with --png" in failure(capsys, "scan-order", "sweep", "--over", under)
+    under.write_text("no picture")
+    assert "cannot be read" in failure(capsys, "scan-order", "sweep", "--over", under, "--png", out)
 
 
 def test_doctor_names_versions_and_backends(capsys):

@@ -1,4 +1,4 @@
-"""Sheets keep every pixel of their pictures, and a drawn order says where it starts and ends."""
+"""Sheets keep every pixel of their pictures, whatever their captions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFont
 
 from zigma import sheet
-from zigma.scan_orders import scan_order
 
 COLOURS = [(255, 0, 0), (0, 200, 0), (0, 0, 255), (250, 220, 0), (0, 180, 180), (200, 0, 200), (90, 60, 30)]
 
@@ -91,27 +90,6 @@ def test_tensors_become_pictures_and_back():
     assert beyond.getpixel((0, 0)) == (0, 128, 255)
     with pytest.raises(ValueError, match=r"shape \(3, 5, 7\)"):
         sheet.to_pictures(torch.zeros(3, 5, 7))
-
-
-@pytest.mark.parametrize("kind", ["zigzag", "sweep", "hilbert", "diagonal"])
-@pytest.mark.parametrize("height, width", [(4, 4), (3, 5), (1, 6), (1, 1), (64, 64)])
-def test_a_drawn_order_starts_dark_and_ends_light(kind, height, width):
-    order = scan_order(kind, 1, height=height, width=width)
-    drawing = sheet.draw_order(order, height, width, size=max(320, height))
-    assert max(drawing.size) == max(320, height)
-    cell = drawing.width / width
-
-    def colour_at(token):
-        return drawing.getpixel((int((token % width + 0.5) * cell), int((token // width + 0.5) * cell)))
-
-    if height * width > 1:
-        assert colour_at(order[0].item()) == sheet.PATH_COLOURS[0]
-        assert colour_at(order[-1].item()) == sheet.PATH_COLOURS[-1]
-
-
-def test_an_order_of_another_grid_is_refused():
-    with pytest.raises(ValueError, match="grid of 3x4 has 12 tokens"):
-        sheet.draw_order(torch.arange(10), 3, 4)
 
 
 def test_saving_makes_the_folder_and_leaves_nothing_else(tmp_path):

@@ -23,18 +23,14 @@ from torch import Tensor
 
 from ..zigma.checkpoint import CheckpointFile, LatentFormat
 from ..zigma.model import Condition, ZigMa
-from ..zigma.scan_orders import scan_order
+from .layer_orders import SCAN_ORDERS, LayerOrder, make_order
 
 __all__ = ["SCAN_ORDERS", "LayerOrder", "as_zigma", "build_model", "make_order"]
 
 log = logging.getLogger(__name__)
 
-# Where a graph's token orders travel: transformer_options of a cloned MODEL, which reach `forward` and nothing else.
-SCAN_ORDERS = "zigma_scan_orders"
-
 KEPT_CONDITIONS = 4  # of a sampling run: batches of conditions that take turns within a step
-
-LayerOrder = tuple[str, int, int]  # (kind, index, seed): what scan_order needs beside the grid
+KEPT_SCHEDULES = 8  # of token orders: clones of one MODEL whose sampling takes turns, on a few grids
 
 
 class HostZigMa(ZigMa):
@@ -90,26 +86,23 @@ class HostZigMa(ZigMa):
     def _scheduled(self, schedule: tuple[LayerOrder | None, ...], x: Tensor) -> list[Tensor]:
         """The orders of a graph's schedule for the grid of x; layers that it leaves alone keep the model's own."""
         p = self.config.patch_size
-        grid = (x.shape[2] // p, x.shape[3] // p)
-        key = (schedule, grid, x.device)
+        grid = (x.shape[-2] // p, x.shape[-1] // p)
+        # Whichever of the two axes before the sides a host has the frames of a video in.
+        frames = x[0, ..., 0, 0].numel() // self.config.in_channels if self.config.video_frames else 0
+        key = (schedule, grid, frames, x.device)
         if key not in self._overridden:
             with torch.inference_mode(False):  # as ordinary tensors the network prepares them once, not in every step
-                self._overridden = {key: self._made(schedule, grid, x.device)}  # the last: a graph uses one at a time
+                self._overridden[key] = self._made(schedule, grid, frames, x.device)
+            for oldest in list(self._overridden)[:-KEPT_SCHEDULES]:
+                del self._overridden[oldest]
         return self._overridden[key]
 
     def _made(
-        self, schedule: tuple[LayerOrder | None, ...], grid: tuple[int, int], device: torch.device
+        self, schedule: tuple[LayerOrder | None, ...], grid: tuple[int, int], frames: int, device: torch.device
     ) -> list[Tensor]:
-        own = self.layer_orders(*grid) if None in schedule else [None] * len(schedule)
+        own = self.layer_orders(*grid, frames) if None in schedule else [None] * len(schedule)
         made = {entry: make_order(entry, grid).to(device) for entry in dict.fromkeys(schedule) if entry is not None}
         return [order.to(device) if entry is None else made[entry] for order, entry in zip(own, schedule, strict=True)]
-
-
-def make_order(entry: LayerOrder, grid: tuple[int, int]) -> Tensor:
-    """The order (kind, index, seed) on a grid (height, width) of tokens."""
-    kind, index, seed = entry
-    generator = torch.Generator().manual_seed(seed + index)
-    return scan_order(kind, index, height=grid[0], width=grid[1], generator=generator)
 
 
 class ZigMaLatent(comfy.latent_formats.LatentFormat):

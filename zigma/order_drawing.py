@@ -130,8 +130,8 @@ def draw_paths(
 ) -> Image.Image:  # fmt: skip
     """A labelled sheet of the layers' paths; layers that read in the same order share a drawing.
 
-    Arguments as in `draw_order` and `labelled_sheet`. Layers that mix time are drawn as a strip of frames, without the
-    picture.
+    Arguments as in `draw_order` and `labelled_sheet`; a small picture is enlarged until its grid can be read. Layers
+    that mix time are drawn as a strip of frames, without the picture.
     """
     groups: list[list[LayerPath]] = []
     for path in paths:
@@ -144,8 +144,10 @@ def draw_paths(
     drawings, captions = [], []
     for group in groups:
         path, (height, width) = group[0], group[0].grid
-        under = over if path.over_picture else None
-        drawings.append(draw_order(path.order, height, width, size=size, over=under, opacity=opacity))
+        under, sides = over if path.over_picture else None, size
+        if under is not None and size is None:
+            sides = max(*under.size, default_size(height, width))
+        drawings.append(draw_order(path.order, height, width, size=sides, over=under, opacity=opacity))
         jumps = count_jumps(path.order, width)
         captions.append(
             f"{'layer' if len(group) == 1 else 'layers'} {join_numbers([p.layer for p in group])}: {path.name}\n"

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from .fonts import Font, font_for
+
 __all__ = [
     "enlarge",
     "labelled_sheet",
@@ -67,7 +69,8 @@ def labelled_sheet(
         raise ValueError(f"got {len(pictures)} pictures and {len(captions)} captions: expected one of each, or more")
     if columns is None:
         columns = min(len(pictures), math.ceil(math.sqrt(1.5 * len(pictures))))
-    font, title_font = _font(text_size), _font(round(1.5 * text_size))
+    words = " ".join([title, footnote, *captions])
+    font, title_font = font_for(words, text_size), font_for(title, round(1.5 * text_size))
     cell_w, cell_h = max(p.width for p in pictures), max(p.height for p in pictures)
     labels = [_wrap(caption, font, cell_w) for caption in captions]
     rows = [range(start, min(start + columns, len(pictures))) for start in range(0, len(pictures), columns)]
@@ -177,14 +180,7 @@ def _write(encoded: io.BytesIO, path: Path) -> Path:
     return path
 
 
-def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    try:
-        return ImageFont.load_default(size)
-    except TypeError:  # Pillow before 10.1 has one small bitmap font
-        return ImageFont.load_default()
-
-
-def _wrap(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: float) -> list[str]:
+def _wrap(text: str, font: Font, width: float) -> list[str]:
     """The text in lines no wider than `width` pixels, broken between words, and within a word that is wider alone."""
     if isinstance(font, ImageFont.ImageFont):  # the bitmap font raises on what it lacks
         text = text.encode("latin-1", "replace").decode("latin-1")
@@ -194,7 +190,7 @@ def _wrap(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: 
     return lines
 
 
-def _wrap_paragraph(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: float) -> list[str]:
+def _wrap_paragraph(text: str, font: Font, width: float) -> list[str]:
     lines: list[str] = []
     for word in text.split():
         joined = f"{lines[-1]} {word}" if lines else word

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFont
 
-from zigma import sheet
+from zigma import fonts, sheet
+from zigma.fonts import font_for
 
 COLOURS = [(255, 0, 0), (0, 200, 0), (0, 0, 255), (250, 220, 0), (0, 180, 180), (200, 0, 200), (90, 60, 30)]
 
@@ -56,7 +57,7 @@ def test_a_caption_for_each_picture(number, captions):
 @settings(max_examples=50, deadline=None)
 @given(text=st.text(max_size=60), width=st.integers(30, 200))
 def test_wrapping_loses_no_character_and_keeps_to_the_width(text, width):
-    font = sheet._font(13)
+    font = font_for(text, 13)
     lines = sheet._wrap(text, font, width)
     assert "".join("".join(lines).split()) == "".join(text.split())
     assert all(font.getlength(line) <= width or len(line) == 1 for line in lines)
@@ -73,10 +74,31 @@ def test_old_pillow_has_captions_too(monkeypatch):
         return bitmap
 
     monkeypatch.setattr(ImageFont, "load_default", old)
-    assert sheet._font(13) is bitmap
+    assert font_for("bug", 13) is bitmap
     assert isinstance(modern(13), ImageFont.FreeTypeFont)
     monkeypatch.setattr(ImageFont.ImageFont, "getlength", lambda self, text: 6 * len(text.encode("latin-1")))
     assert sheet._wrap("жук bug", bitmap, 30) == ["???", "bug"]
+
+
+def test_a_line_break_in_a_caption_is_kept():
+    assert sheet._wrap("one two\nthree", font_for("", 13), 500) == ["one two", "three"]
+
+
+def test_letters_that_the_font_lacks_come_from_one_of_the_system_or_are_named(monkeypatch, caplog):
+    """Pillow's own font has none of Hebrew or Chinese; no other is asked while it has all letters."""
+    own = font_for("plain words", 16)
+    assert own.getname() == ImageFont.load_default(16).getname() and not caplog.records
+    path = next((font.path for font in fonts._system_fonts(16) if not fonts._lacking(font, set("שלום"))), None)
+    if path is not None:  # here a font of the system has Hebrew
+        assert not fonts._lacking(font_for("shalom שלום", 16), set("shalomשלום"))
+    monkeypatch.setattr(fonts, "_system_fonts", lambda size: ())
+    caplog.clear()
+    assert font_for("猫 cat", 16).getname() == own.getname()
+    assert "no font for 猫: these letters are drawn as boxes" in caplog.text and "cat" not in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(fonts.features, "check", lambda name: False)
+    font_for("שלום", 16)
+    assert "cannot set text from right to left" in caplog.text
 
 
 def test_tensors_become_pictures_and_back():

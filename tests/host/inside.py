@@ -151,7 +151,7 @@ def check_scan_orders_reach_the_model_and_leave_the_original_alone(pack):
     model, clip, vae = loaded(pack)
     latent, node = empty(pack, model), pack.node("ZigMaScanOrder")
     before = stock_pictures(model, clip, vae, latent)
-    changed, drawing = node.execute(model, "hilbert", "0-7", "all", 0).result
+    changed, drawing, _ = node.execute(model, "hilbert", "0-7", "all", 0).result
     assert drawing.shape[0] == 1 and drawing.shape[-1] == 3
     other = stock_pictures(changed, clip, vae, latent)
     assert not torch.allclose(other, before, atol=1e-4)

@@ -153,11 +153,26 @@ def draw_paths(
             f"{'layer' if len(group) == 1 else 'layers'} {join_numbers([p.layer for p in group])}: {path.name}\n"
             f"{jumps or 'no'} jump{'s' * (jumps != 1)}, continuity {continuity(path.order, width):.2f}"
         )
-    ends = "violet" if over is not None else "dark"
     return labelled_sheet(
         drawings, captions, columns=columns, title=title, text_size=max(13, max(d.width for d in drawings) // 30),
-        footnote=f"From the {ends} disc to the yellow square. Red lines are jumps.",
+        footnote=_legend([group[0] for group in groups], over is not None),
     )  # fmt: skip
+
+
+def _legend(paths: Sequence[LayerPath], over_picture: bool) -> str:
+    words = [f"From the {'violet' if over_picture else 'dark'} disc to the yellow square."]
+    near = [_is_near(path.order // path.grid[1], path.order % path.grid[1]) for path in paths]
+    far = [int((~flags).sum()) for flags in near]
+    if any(far):
+        words.append("Red lines are jumps.")
+    if any(count_jumps(path.order, path.grid[1]) > count for path, count in zip(paths, far, strict=True)):
+        words.append("Jumps to a diagonal neighbour are drawn as path.")
+    return " ".join(words)
+
+
+def _is_near(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """(l-1,) whether a step goes to one of the eight neighbours."""
+    return torch.maximum(rows.diff().abs(), columns.diff().abs()) <= 1
 
 
 def _path_layer(
@@ -165,7 +180,7 @@ def _path_layer(
 ) -> Image.Image:
     """The path alone on a transparent ground of `sides` pixels: jumps below, then steps, then the two ends."""
     rows, columns = order // width, order % width
-    near = (torch.maximum(rows.diff().abs(), columns.diff().abs()) <= 1).tolist()
+    near = _is_near(rows, columns).tolist()
     crowded = near.count(False) > CROWD
     jumps = Image.new("RGBA", sides if crowded else (pixel * sides[0], pixel * sides[1]))
     brush = _brush(jumps, 1 if crowded else pixel, height, width, outlined)

@@ -24,7 +24,7 @@ def parse_numbers(text: str, count: int, what: str) -> list[int]:
         return list(range(count))
     numbers: list[int] = []
     for part in re.split(r"[,\s]+", text.strip(" ,\n")):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        match = re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", part)
         if match is None:
             raise ValueError(f"got the {what} {text!r}, expected numbers and ranges such as '0-3, 6', or 'all'")
         first, last = int(match.group(1)), int(match.group(2) or match.group(1))
@@ -76,7 +76,7 @@ def _words(text: str) -> list[str]:
 
 
 def _order(words: list[str], length: int, grid: str, name: str) -> torch.Tensor:
-    strange = [word for word in words if not re.fullmatch(r"-?\d+", word)]
+    strange = [word for word in words if not re.fullmatch(r"-?\d{1,18}", word)]
     if strange:
         raise ValueError(f"write whole numbers only in the {name}: got {strange[0][:40]!r}, expected 0 to {length - 1}")
     numbers = [int(word) for word in words]

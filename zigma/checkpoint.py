@@ -5,8 +5,8 @@
     text encoder         "text_encoder.*"
     autoencoder          "vae.*", TAESD layout
 
-Metadata, JSON strings: "zigma.config", "zigma.latent", "zigma.text_encoder", "zigma.token_orders", and free ones such
-as "zigma.sampling" (the settings the file recommends).
+Metadata, JSON strings: "zigma.config", "zigma.latent", "zigma.condition", "zigma.text_encoder", "zigma.token_orders",
+and free ones such as "zigma.sampling" (the settings the file recommends).
 
 Files without that metadata are read too, .safetensors and .pt: their architecture follows from the shapes and from the
 arguments that a published .pt states (published.py), and what neither tells is asked for. No pickle is ever executed.
@@ -27,7 +27,9 @@ from torch import Tensor, nn
 
 from .atomic_file import write_safetensors
 from .autoencoder import Autoencoder, autoencoder_from_state_dict
+from .conditions import ConditionFacts
 from .config import ZigMaConfig
+from .latent_format import LatentFormat
 from .mixer import FLOAT32_PARAMETERS, at_least_float32
 from .model import ZigMa
 from .published import SD_LATENT_SCALE, derive_config, read_torch_checkpoint, strip_prefixes
@@ -47,7 +49,7 @@ __all__ = [
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 TEXT_PREFIX, VAE_PREFIX, ORDERS_PREFIX = "text_encoder.", "vae.", "token_orders."
 # Written by `save_checkpoint` from the objects themselves; a caller's metadata may not contradict them.
-RESERVED = ("zigma.config", "zigma.latent", "zigma.text_encoder", "zigma.token_orders")
+RESERVED = ("zigma.config", "zigma.latent", "zigma.condition", "zigma.text_encoder", "zigma.token_orders")
 
 
 class CheckpointError(ValueError):
@@ -55,54 +57,6 @@ class CheckpointError(ValueError):
 
     def __init__(self, path: str | os.PathLike, cause: str, remedy: str) -> None:
         super().__init__(f"{path}: {cause}: {remedy}")
-
-
-@dataclasses.dataclass(frozen=True)
-class LatentFormat:
-    """What the denoiser's input is: latent of the model = (latent of the VAE - shift) * scale.
-
-    Attributes:
-        channels: of the latent; 3 in pixel space.
-        downscale: sides of the picture / sides of the latent; 1 is pixel space.
-        scale, shift: one number, or one for each channel.
-        rgb_factors, rgb_bias: RGB in [-1, 1] ~ latent of the model @ factors (channels x 3) + bias, for previews.
-    """
-
-    channels: int
-    downscale: int = 8
-    scale: float | tuple[float, ...] = 1.0
-    shift: float | tuple[float, ...] = 0.0
-    rgb_factors: tuple[tuple[float, ...], ...] | None = None
-    rgb_bias: tuple[float, ...] | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("scale", "shift", "rgb_bias"):
-            value = getattr(self, name)
-            if isinstance(value, list | tuple):
-                object.__setattr__(self, name, tuple(value))
-                expected = 3 if name == "rgb_bias" else self.channels
-                if len(value) != expected:
-                    raise ValueError(f"the latent format's {name} has {len(value)} numbers, expected {expected}")
-        if self.rgb_factors is not None:
-            object.__setattr__(self, "rgb_factors", tuple(tuple(row) for row in self.rgb_factors))
-            if len(self.rgb_factors) != self.channels or any(len(row) != 3 for row in self.rgb_factors):
-                raise ValueError(f"the latent format's rgb_factors have to be {self.channels} rows of 3 numbers")
-
-    @property
-    def pixel_space(self) -> bool:
-        """Whether the model works on pictures themselves, in [-1, 1]."""
-        return self.downscale == 1
-
-    def _per_channel(self, value: float | tuple[float, ...], like: Tensor) -> Tensor:
-        return torch.as_tensor(value, dtype=like.dtype, device=like.device).reshape(-1, 1, 1)
-
-    def to_model(self, latents: Tensor) -> Tensor:
-        """Latents of the VAE (b, c, h, w) -> latents of the model."""
-        return (latents - self._per_channel(self.shift, latents)) * self._per_channel(self.scale, latents)
-
-    def to_vae(self, latents: Tensor) -> Tensor:
-        """Latents of the model (b, c, h, w) -> latents of the VAE."""
-        return latents / self._per_channel(self.scale, latents) + self._per_channel(self.shift, latents)
 
 
 @dataclasses.dataclass
@@ -114,6 +68,7 @@ class Bundle:
     autoencoder: Autoencoder | None
     latent: LatentFormat
     metadata: dict[str, str]
+    condition: ConditionFacts = dataclasses.field(default_factory=ConditionFacts)
 
 
 @dataclasses.dataclass
@@ -129,6 +84,7 @@ class CheckpointFile:
     latent: LatentFormat
     token_orders: list[Tensor] | None
     metadata: dict[str, str]
+    condition: ConditionFacts = dataclasses.field(default_factory=ConditionFacts)
 
 
 def read_checkpoint(
@@ -170,6 +126,7 @@ def read_checkpoint(
         latent = LatentFormat(**stated) if stated else LatentFormat(channels=config.in_channels)
         text = TextEncoderConfig.from_json(metadata["zigma.text_encoder"]) if "zigma.text_encoder" in metadata else None
         layers = json.loads(metadata.get("zigma.token_orders", "null"))
+        condition = ConditionFacts.read(metadata, config, own_text_encoder=text is not None)
     except (ValueError, TypeError) as error:
         raise CheckpointError(path, f"its metadata is wrong ({error})", "get the file again") from error
     if latent.channels != config.in_channels:
@@ -186,7 +143,7 @@ def read_checkpoint(
         raise CheckpointError(path, "it has a text encoder, but no 'zigma.text_encoder'", "write the file again")
     return CheckpointFile(
         path, config, tensors, text_state or None, text, vae_state or None, latent,
-        _layer_orders(path, config, orders, layers), metadata,
+        _layer_orders(path, config, orders, layers), metadata, condition,
     )  # fmt: skip
 
 
@@ -225,7 +182,8 @@ def _foreign_file(
     # The released models work on latents of the Stable Diffusion VAE; 3 channels are taken for pictures.
     latent = LatentFormat(config.in_channels, scale=SD_LATENT_SCALE if config.in_channels == 4 else 1.0,
                           downscale=1 if config.in_channels == 3 else 8)  # fmt: skip
-    return CheckpointFile(path, config, tensors, None, None, None, latent, token_orders, metadata)
+    condition = ConditionFacts.of_a_silent_file(config, own_text_encoder=False)
+    return CheckpointFile(path, config, tensors, None, None, None, latent, token_orders, metadata, condition)
 
 
 def load_bundle(
@@ -252,7 +210,7 @@ def load_bundle(
         except ValueError as error:
             raise CheckpointError(path, f"its autoencoder is unusable ({error})", "get the file again") from error
         autoencoder.eval().requires_grad_(False)
-    return Bundle(model, text, autoencoder, file.latent, file.metadata)
+    return Bundle(model, text, autoencoder, file.latent, file.metadata, file.condition)
 
 
 def load_checkpoint(
@@ -278,7 +236,7 @@ def load_checkpoint(
 def save_checkpoint(
     model: ZigMa, path: str | os.PathLike, metadata: Mapping[str, str] | None = None, *,
     text_encoder: WordTextEncoder | None = None, autoencoder: Autoencoder | None = None,
-    latent: LatentFormat | None = None, dtype: torch.dtype | None = None,
+    latent: LatentFormat | None = None, condition: ConditionFacts | None = None, dtype: torch.dtype | None = None,
 ) -> None:  # fmt: skip
     """Write a model file; a file of that name is replaced only when the new one is complete.
 
@@ -286,11 +244,12 @@ def save_checkpoint(
         model: with the token orders it was given, if any.
         path: ends in .safetensors.
         metadata: further strings, such as "zigma.sampling".
-        text_encoder, autoencoder, latent: what belongs to the model.
+        text_encoder, autoencoder, latent, condition: what belongs to the model.
         dtype: of the floating-point tensors in the file; None keeps theirs.
 
     Raises:
-        ValueError: another extension, metadata that is not strings or takes a name that the parts themselves write.
+        ValueError: another extension, metadata that is not strings or takes a name that the parts themselves write, a
+            condition that the model cannot have.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -305,6 +264,9 @@ def save_checkpoint(
     tensors = dict(model.state_dict())
     given["zigma.config"] = model.config.to_json()
     given["zigma.latent"] = json.dumps(dataclasses.asdict(latent))
+    if condition is not None:
+        condition.check(model.config)
+        given["zigma.condition"] = condition.to_json()
     if text_encoder is not None:
         tensors |= {TEXT_PREFIX + key: value for key, value in text_encoder.state_dict().items()}
         given["zigma.text_encoder"] = text_encoder.config.to_json()

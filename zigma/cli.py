@@ -95,9 +95,9 @@ def _parser() -> Parser:
     draw.add_argument("--model", default="demo", help="a file, or the name of a shipped model (default: %(default)s)")
     condition = draw.add_mutually_exclusive_group()
     condition.add_argument("--prompt", action="append", help="of a text model; may be given again; may be empty")
-    condition.add_argument("--label", action="append", type=int, help="of a class model; may be given again")
+    condition.add_argument("--label", action="append", help="of a class model, number or name; may be given again")
     condition.add_argument("--features", type=Path, help="text features (n, tokens, width): .safetensors or .npy")
-    draw.add_argument("--negative", default="", help="text that guidance leads away from (default: the empty text)")
+    draw.add_argument("--negative", default="", help="what guidance leads away from (default: the null condition)")
     draw.add_argument("--vae", type=Path, help="for a file without one: TAESD or Stable Diffusion layout")
     draw.add_argument("--clip", help="for a text model without an encoder: a folder or name that transformers knows")
     draw.add_argument(
@@ -132,6 +132,8 @@ def _parser() -> Parser:
     convert.add_argument("output", type=Path, help="out.safetensors")
     convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as in the file")
     convert.add_argument("--vae", type=Path, help="an autoencoder to put beside it")
+    convert.add_argument("--null-label", type=int, help="of a class model: the label that training put for 'no class'")
+    convert.add_argument("--label-names", type=Path, help="of a class model: a text file, one name a line, from 0 on")
     _add_file(convert)
 
     order = command("scan-order", scan_order_command, "Print a token order, or draw it.")
@@ -206,6 +208,8 @@ def sample_command(options: argparse.Namespace) -> None:
     """Pictures or videos as files, or one sheet."""
     bundle = _load(options.model, options.device, **file_arguments(options))
     _complete(bundle, options)
+    if options.label is not None and bundle.model.config.conditioning != "class":
+        raise UserError(f"got --label {options.label[0]}, but this is no class model: leave it out, or use --prompt")
     prompts: Any = options.label if options.prompt is None else options.prompt
     names: list[Any] = prompts or [""]
     if options.features is not None:

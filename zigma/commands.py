@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.metadata
 import os
 import platform
@@ -12,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from .checkpoint import Bundle
+    from .conditions import ConditionFacts
 
 # The imports that bring torch stand in the commands, so that --help and a misspelt option answer at once.
 
@@ -88,7 +92,7 @@ def inspect_command(options: argparse.Namespace) -> Iterator[str]:
     height, width = config.img_dim
     frames = f"{config.video_frames} frames of " if config.video_frames else ""
     yield f"  input: {frames}{config.in_channels} x {height} x {width}, {config.grid[0]} x {config.grid[1]} tokens"
-    yield f"  condition: {config.conditioning}" + f", features of width {config.d_context}" * config.has_text
+    yield f"  condition: {file.condition.describe(config)}"
     own = "in the file, one for each layer" if file.token_orders is not None else config.scan_type
     switches = [name for name in ("legacy_permutation", "corrected_time_order", "share_ssm") if getattr(config, name)]
     yield f"  mixer: {config.mixer}; token orders: {own}" + "".join(f", {name}" for name in switches)
@@ -115,9 +119,20 @@ def convert_command(options: argparse.Namespace) -> Iterator[str]:
     kept = {key: value for key, value in bundle.metadata.items() if key not in RESERVED}
     save_checkpoint(
         bundle.model, options.output, kept, text_encoder=bundle.text_encoder, autoencoder=autoencoder,
-        latent=bundle.latent, dtype=getattr(torch, options.dtype) if options.dtype else None,
+        latent=bundle.latent, condition=_condition(bundle, options),
+        dtype=getattr(torch, options.dtype) if options.dtype else None,
     )  # fmt: skip
     yield f"{options.output}: {options.output.stat().st_size / 1e6:.1f} MB"
+
+
+def _condition(bundle: Bundle, options: argparse.Namespace) -> ConditionFacts:
+    """What the file says of its conditions, and what the user says beside it."""
+    facts: dict[str, Any] = {}
+    if options.label_names is not None:
+        facts["label_names"] = options.label_names.read_text(encoding="utf-8").splitlines()
+    if options.null_label is not None:
+        facts["null"] = options.null_label
+    return dataclasses.replace(bundle.condition, **facts)
 
 
 def scan_order_command(options: argparse.Namespace) -> Iterator[str]:

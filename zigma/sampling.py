@@ -1,14 +1,15 @@
 """From prompts to pictures without a host: noise, guided velocity, solver, decoder.
 
 What picture i of a prompt looks like depends on the model, the prompt, the seed and the settings, and on nothing else
-that is asked for beside it: the noise of a prompt's pictures is one draw of shape (count, channels, height, width)
-from a CPU generator, as ComfyUI draws it for an empty latent of that batch size.
+that is asked for beside it: the noise of a prompt's pictures is one draw of shape (count, channels, [frames,] height,
+width) from a CPU generator, as ComfyUI draws it for an empty latent of that batch size.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -18,6 +19,8 @@ from .guidance import classifier_free
 from .solvers import ODE_SOLVERS, solve_ode
 
 __all__ = ["SamplingSettings", "sample"]
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]  # (steps done, of how many): the latter is 0 where the solver chooses them
 
@@ -52,7 +55,7 @@ class SamplingSettings:
 @torch.no_grad()
 def sample(
     bundle: Bundle,
-    prompts: Sequence[str] | Sequence[int] | torch.Tensor | None = None,
+    prompts: Sequence[str | int] | torch.Tensor | None = None,
     *,
     count: int = 1,
     seed: int = 0,
@@ -65,8 +68,9 @@ def sample(
 
     Args:
         bundle: what `load_bundle` returns.
-        prompts: texts for a text model, or their features (n, tokens, width); labels for a class model, None for a
-            model without conditions. The empty text is the null condition, which no released model was trained on.
+        prompts: texts for a text model, or their features (n, tokens, width); labels for a class model, or their names
+            if its file has them; None for a model without conditions. Guidance needs a null condition, which
+            `bundle.condition` tells of; no released model was trained on one.
         count: pictures for each prompt.
         seed: of the noise, the same for every prompt.
         settings: None takes those that the file recommends.
@@ -118,13 +122,15 @@ def initial_noise(bundle: Bundle, count: int, seed: int) -> torch.Tensor:
     """Standard normal latents (count, [frames,] channels, height, width) on the model's device, drawn on the CPU."""
     config = bundle.model.config
     frames = [config.video_frames] * (config.video_frames > 0)
-    shape = (count, *frames, config.in_channels, *config.img_dim)
     generator = torch.Generator("cpu").manual_seed(seed)
-    return torch.randn(shape, generator=generator).to(next(bundle.model.parameters()).device)
+    # Channels before frames, as ComfyUI has them: the same seed is the same noise there.
+    noise = torch.randn((count, config.in_channels, *frames, *config.img_dim), generator=generator)
+    noise = noise.transpose(1, 2).contiguous() if frames else noise
+    return noise.to(next(bundle.model.parameters()).device)
 
 
 def _conditions(
-    bundle: Bundle, prompts: Sequence[str] | Sequence[int] | torch.Tensor | None, negative: str, guidance: float
+    bundle: Bundle, prompts: Sequence[str | int] | torch.Tensor | None, negative: str, guidance: float
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(condition of each prompt, null condition), as the model takes them."""
     config = bundle.model.config
@@ -150,17 +156,34 @@ def _conditions(
         wanted = "a text" if config.conditioning == "text" else f"a label from 0 to {config.num_classes - 1}"
         raise ValueError(f"got no prompts, but this model takes {wanted} for each picture: give at least one")
     if config.conditioning == "class":
-        if guidance != 1:
-            raise ValueError(f"got guidance {guidance:g}, but this class model has no null label: set guidance to 1")
-        if not all(isinstance(label, int) and 0 <= label < config.num_classes for label in prompts):
-            raise ValueError(f"got the labels {list(prompts)}, but expected numbers from 0 to {config.num_classes - 1}")
-        return torch.tensor(prompts, device=device), None
+        return _label_conditions(bundle, prompts, negative, guidance)
+    if not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(f"got the prompts {list(prompts)}, but this model takes texts")
     if bundle.text_encoder is None:
         raise ValueError(
             f"the file carries no text encoder: its model takes text features of width {config.d_context} from another "
             "one, such as CLIP, which the option --clip and ComfyUI can load"
         )
+    if guidance != 1 and not negative and not bundle.condition.has_null:
+        log.warning(
+            "guidance %g leads away from the empty text, which this model was not trained on as far as its file says: "
+            "pictures may be worse than with guidance 1", guidance,
+        )  # fmt: skip
     return bundle.text_encoder.encode(list(prompts)), bundle.text_encoder.encode([negative])
+
+
+def _label_conditions(
+    bundle: Bundle, labels: Sequence[str | int], negative: str, guidance: float
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    facts, count = bundle.condition, bundle.model.config.num_classes
+    device = next(bundle.model.parameters()).device
+    if guidance != 1 and not facts.has_null:
+        raise ValueError(f"got guidance {guidance:g}, but this class model has no null label: set guidance to 1")
+    chosen = torch.tensor([facts.label(label, count) for label in labels], device=device)
+    if guidance == 1:
+        return chosen, None
+    away_from = facts.label(negative, count) if negative else facts.null
+    return chosen, torch.tensor([away_from], device=device)
 
 
 def _decode(bundle: Bundle, latents: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..autoencoder import TinyAutoencoder
 from ..checkpoint import Bundle, read_checkpoint, save_checkpoint
+from ..conditions import ConditionFacts
 from ..flow import PATHS, choose, flow_loss
 from ..model import ZigMa
 from ..sampling import SamplingSettings, sample
@@ -253,13 +254,13 @@ class Trainer:
             "zigma.sampling": json.dumps(
                 {"steps": self.recipe.sample_steps, "solver": "euler", "guidance": self.recipe.guidance}
             ),
-            "zigma.null_condition": "empty prompt",
             "zigma.data": json.dumps({"pictures": len(self.data.items), **self.facts}),
             "zigma.training": json.dumps(
                 {"steps": self.step, "minutes": round(self.seconds / 60, 1), "recipe": dataclasses.asdict(self.recipe)}
             ),
         }
-        return Bundle(net.model, net.text_encoder, self.autoencoder, self.data.format, metadata)
+        condition = ConditionFacts(null=self.recipe.caption_dropout > 0)
+        return Bundle(net.model, net.text_encoder, self.autoencoder, self.data.format, metadata, condition)
 
     def save_sheet(self) -> Path | None:
         """Draw the recipe's prompts with the averaged weights into samples/."""
@@ -285,7 +286,7 @@ class Trainer:
         bundle = self.bundle()
         save_checkpoint(
             bundle.model, path, bundle.metadata, text_encoder=bundle.text_encoder, autoencoder=bundle.autoencoder,
-            latent=bundle.latent, dtype=dtype,
+            latent=bundle.latent, condition=bundle.condition, dtype=dtype,
         )  # fmt: skip
         log.info("wrote %s", path)
         return path

@@ -4,6 +4,7 @@ The host runs time the other way: its sigma is 1 at the noise and 0 at the data,
 
     sigma = 1 - t        output = -v
 
+and its latents of videos are (b, c, f, h, w), where the network's are (b, f, c, h, w),
 and nothing outside this file knows. Everything else is the host's own: its samplers, LoRA patches, offloading.
 """
 
@@ -22,10 +23,12 @@ import torch
 from torch import Tensor
 
 from ..zigma.checkpoint import CheckpointFile, LatentFormat
+from ..zigma.conditions import ConditionFacts
 from ..zigma.model import Condition, ZigMa
+from .comfy_conditions import LABELS, NO_NULL, check_channels, check_latent, model_conditions
 from .layer_orders import SCAN_ORDERS, LayerOrder, make_order
 
-__all__ = ["SCAN_ORDERS", "LayerOrder", "as_zigma", "build_model", "make_order"]
+__all__ = ["SCAN_ORDERS", "LayerOrder", "as_zigma", "build_model", "facts_of", "make_order"]
 
 log = logging.getLogger(__name__)
 
@@ -45,16 +48,35 @@ class HostZigMa(ZigMa):
             zigma_file.config, zigma_file.token_orders, operations=Operations, device=device, dtype=dtype
         )  # fmt: skip
         self.dtype = dtype
+        self._told_of_cfg = False
         self._overridden: dict[tuple, list[Tensor]] = {}
         self._encoded: list[tuple[Tensor, torch.dtype, Condition]] | None = None  # None: no run, or one that may not
 
-    def forward(self, x: Tensor, timestep: Tensor, context=None, control=None, transformer_options=None, **_) -> Tensor:
-        """x (b, c, h, w), timestep = sigma (b,), context (b, m, d_context) -> d x / d sigma (b, c, h, w)."""
+    def forward(
+        self, x: Tensor, timestep: Tensor, context=None, control=None, transformer_options=None, **conditions
+    ) -> Tensor:
+        """x (b, c, [f,] h, w), timestep = sigma (b,), context (b, m, d_context) -> d x / d sigma, as x.
+
+        Among the conditions are the labels (b,) of a class model.
+        """
+        if NO_NULL in conditions:
+            self._without_null(conditions[NO_NULL])
         schedule = (transformer_options or {}).get(SCAN_ORDERS)
         orders = None if schedule is None else self._scheduled(schedule, x)
         t = (1 - timestep.float()).expand(len(x))
-        y = self._condition(x, t, context) if self.config.has_text else None
-        return -super().forward(x, t, y, token_orders=orders)
+        video = self.config.video_frames > 0
+        x = x.transpose(1, 2) if video else x
+        y = self._condition(x, t, context) if self.config.has_text else conditions.get(LABELS)
+        v = super().forward(x, t, y, token_orders=orders)
+        return -(v.transpose(1, 2) if video else v)
+
+    def _without_null(self, sentence: str) -> None:
+        """Guidance asks for a null condition that there is not."""
+        if sentence:
+            raise ValueError(sentence)
+        if not self._told_of_cfg:
+            self._told_of_cfg = True
+            log.warning("set cfg to 1: this model takes no condition, so guidance changes nothing and costs a half")
 
     def begin_run(self, weights_stay: bool) -> None:
         """Until `end_run` keep what conditions come to, if the weights stay what they are."""
@@ -108,8 +130,9 @@ class HostZigMa(ZigMa):
 class ZigMaLatent(comfy.latent_formats.LatentFormat):
     """The latent format that a model file states, as the host's class."""
 
-    def __init__(self, latent: LatentFormat) -> None:
+    def __init__(self, latent: LatentFormat, video: bool = False) -> None:
         self.zigma = latent
+        self.latent_dimensions = 3 if video else 2
         self.latent_channels = latent.channels
         self.spacial_downscale_ratio = latent.downscale
         if latent.rgb_factors is not None:
@@ -118,16 +141,17 @@ class ZigMaLatent(comfy.latent_formats.LatentFormat):
 
     def process_in(self, latent: Tensor) -> Tensor:
         """Latent of the VAE -> latent of the model."""
-        if latent.shape[1] != self.latent_channels:
-            raise ValueError(
-                f"got a latent of {latent.shape[1]} channels, but this ZigMa model works on {self.latent_channels}: "
-                "encode the picture with the VAE that the ZigMa Model Loader gives"
-            )
-        return self.zigma.to_model(latent)
+        check_channels(latent, self.latent_channels)
+        return self._by_frame(self.zigma.to_model, latent)
 
     def process_out(self, latent: Tensor) -> Tensor:
         """Latent of the model -> latent of the VAE."""
-        return self.zigma.to_vae(latent)
+        return self._by_frame(self.zigma.to_vae, latent)
+
+    @staticmethod
+    def _by_frame(change, latent: Tensor) -> Tensor:
+        """What works on the last three axes (c, h, w), of videos (b, c, f, h, w) too."""
+        return change(latent.transpose(1, 2)).transpose(1, 2) if latent.ndim == 5 else change(latent)
 
 
 class HostConfig(comfy.supported_models_base.BASE):
@@ -138,7 +162,7 @@ class HostConfig(comfy.supported_models_base.BASE):
 
     def __init__(self, file: CheckpointFile) -> None:
         super().__init__({"zigma_file": file, "in_channels": file.config.in_channels})
-        self.latent_format = ZigMaLatent(file.latent)
+        self.latent_format = ZigMaLatent(file.latent, video=file.config.video_frames > 0)
 
     def inpaint_model(self) -> bool:
         """No: the default takes more than four channels for an inpainting model."""
@@ -154,6 +178,15 @@ class HostModel(comfy.model_base.BaseModel):
 
     def __init__(self, config: HostConfig, device=None) -> None:
         super().__init__(config, model_type=comfy.model_base.ModelType.FLOW, device=device, unet_model=HostZigMa)
+        file = config.unet_config["zigma_file"]
+        self.zigma_config, self.zigma_facts = file.config, file.condition
+
+    def extra_conds(self, **given) -> dict:
+        """What forward gets of a condition; the last look at the inputs of a run, and the first at its latent."""
+        check_latent(self.zigma_config, self.latent_format.zigma.downscale, given["noise"])
+        others = super().extra_conds(**given)
+        others.pop("c_crossattn", None)
+        return {**others, **model_conditions(self.zigma_config, self.zigma_facts, given)}
 
     def apply_model(self, x: Tensor, t: Tensor, *arguments, **keywords) -> Tensor:
         """One evaluation. Whatever sampler asks for it, Stop stops before the next: a host asks once in a step."""
@@ -168,11 +201,6 @@ class HostModel(comfy.model_base.BaseModel):
 
 def build_model(file: CheckpointFile):
     """A host MODEL (ModelPatcher) with the denoiser of a file."""
-    if file.config.video_frames:
-        raise ValueError(
-            f"{file.path.name} is a video model of {file.config.video_frames} frames, which the nodes of this version "
-            "cannot run yet: use `python -m zigma sample`"
-        )
     management = comfy.model_management
     parameters = sum(tensor.numel() for tensor in file.state_dict.values())
     device, offload = management.get_torch_device(), management.unet_offload_device()
@@ -220,3 +248,9 @@ def as_zigma(model) -> HostZigMa:
             "Model Loader"
         )
     return network
+
+
+def facts_of(model) -> ConditionFacts:
+    """What the file of a host MODEL says of its conditions; ValueError as `as_zigma`."""
+    as_zigma(model)
+    return model.model.zigma_facts

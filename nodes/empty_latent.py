@@ -20,20 +20,26 @@ class ZigMaEmptyLatent(io.ComfyNode):
         return schema(
             node_id="ZigMaEmptyLatent",
             display_name="ZigMa Empty Latent",
-            description="An empty latent with the channels and the size that the model was trained on.",
+            description="An empty latent with the channels, the size and the frames that the model was trained on.",
             inputs=[
                 io.Model.Input("model", tooltip="A ZigMa model: it knows its channels, scale and size."),
                 io.Int.Input("width", **sides, tooltip="Of the picture, in pixels; 0 is the width it was trained on."),
                 io.Int.Input(
                     "height", **sides, tooltip="Of the picture, in pixels; 0 is the height it was trained on."
                 ),
-                io.Int.Input("batch_size", default=1, min=1, max=4096, tooltip="Pictures drawn at once."),
+                io.Int.Input("batch_size", default=1, min=1, max=4096, tooltip="Pictures, or videos, drawn at once."),
+                io.Int.Input(
+                    "frames", default=0, min=0, max=4096, optional=True,
+                    tooltip="Of a video, for models that draw videos; 0 is the number it was trained on. Leave it 0 "
+                    "for models that draw pictures.",
+                ),
             ],
             outputs=[io.Latent.Output(tooltip="For ZigMa Sampler or KSampler.")],
-        )
+            search_aliases=["empty latent", "latent size", "video frames", "new latent", "zigma size"],
+        )  # fmt: skip
 
     @classmethod
-    def execute(cls, model, width: int, height: int, batch_size: int) -> io.NodeOutput:
+    def execute(cls, model, width: int, height: int, batch_size: int, frames: int = 0) -> io.NodeOutput:
         """Zeros; the sampler fills in the noise."""
         config = as_zigma(model).config
         downscale = model.get_model_object("latent_format").zigma.downscale
@@ -48,6 +54,17 @@ class ZigMaEmptyLatent(io.ComfyNode):
                 )
             sides.append(pixels // downscale or own)
         latent = torch.zeros(
-            [batch_size, config.in_channels, *sides], device=comfy.model_management.intermediate_device()
-        )  # fmt: skip
+            [batch_size, config.in_channels, *cls.frames_of(config, frames), *sides],
+            device=comfy.model_management.intermediate_device(),
+        )
         return io.NodeOutput({"samples": latent, "downscale_ratio_spacial": downscale})
+
+    @staticmethod
+    def frames_of(config, frames: int) -> list[int]:
+        """The axis of frames that a latent of this model has: none for pictures."""
+        own = config.video_frames
+        if not own and frames > 1:
+            raise ValueError(f"set frames to 0: this model draws pictures, and got {frames} frames")
+        if own > 1 and frames == 1:
+            raise ValueError(f"set frames to 0, or to 2 or more: this model draws videos (of {own} frames), and got 1")
+        return [frames or own] if own else []

@@ -76,10 +76,6 @@ def check_every_kind_of_model_equals_the_command_line(pack):
         close(stock_pictures(model, clip, vae, empty(pack, model)), command_line(pack, name=name))
 
 
-def check_a_video_model_is_refused_with_a_sentence(pack):
-    refused(lambda: loaded(pack, "video.safetensors"), "video model of 3 frames", "python -m zigma sample")
-
-
 def check_stable_diffusions_vae_equals_the_hosts(pack):
     torch.manual_seed(0)
     with torch.inference_mode(False):

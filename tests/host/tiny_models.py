@@ -8,7 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from zigma.autoencoder import TinyAutoencoder
+from zigma.autoencoder_kl import AutoencoderKL
 from zigma.checkpoint import LatentFormat, save_checkpoint
+from zigma.conditions import ConditionFacts
 from zigma.config import ZigMaConfig
 from zigma.model import ZigMa
 from zigma.text import TextEncoderConfig, WordTextEncoder
@@ -47,10 +49,39 @@ def write_models(base: Path) -> None:
         path = folder / f"kind_{name}.safetensors"
         save_checkpoint(kind, path, text_encoder=text, autoencoder=autoencoder, latent=latent)
     classes = model(in_channels=4, img_dim=(4, 6), has_text=False, d_context=0, num_classes=5)
-    save_checkpoint(classes, folder / "class.safetensors", latent=latent)
-    video = model(in_channels=4, img_dim=(4, 6), scan_type="video_sst", video_frames=3)
-    save_checkpoint(video, folder / "video.safetensors", latent=latent)
+    parts = {"autoencoder": autoencoder, "latent": latent}
+    save_checkpoint(classes, folder / "class.safetensors", **parts)
+    facts = ConditionFacts(null=4, label_names=("fox", "owl", "tench, Tinca tinca", "red panda", "nothing"))
+    save_checkpoint(classes, folder / "class_null.safetensors", **parts, condition=facts)
+    untrained = ConditionFacts(null=False)
+    save_checkpoint(full, folder / "untrained.safetensors", **parts, text_encoder=text, condition=untrained)
+    video = model(in_channels=4, img_dim=(4, 6), scan_type="video_sst", video_frames=3, tpe=True)
+    save_checkpoint(video, folder / "video.safetensors", **parts, text_encoder=text)
+    nothing = model(in_channels=4, img_dim=(4, 6), has_text=False, d_context=0)
+    save_checkpoint(nothing, folder / "unconditional.safetensors", **parts)
     pixels = model(in_channels=3, img_dim=(4, 6), patch_size=1)
     save_checkpoint(pixels, folder / "pixels.safetensors", text_encoder=text, latent=LatentFormat(3, downscale=1))
     save_file(autoencoder.state_dict(), base / "models" / "vae" / "tiny_vae.safetensors")
+    for name, quantised in (("narrow", True), ("narrow_plain", False)):
+        narrow = AutoencoderKL((32, 64), 1, 6, quantised=quantised)
+        save_file(narrow.state_dict(), base / "models" / "vae" / f"{name}.safetensors")
     (folder / "broken.safetensors").write_bytes(b"<html>not found</html>")
+    write_clip(base / "clip.safetensors")
+
+
+def write_clip(path: Path) -> None:
+    """A tiny random CLIP text model, some ids and what transformers makes of them; nothing where that is missing."""
+    try:
+        from transformers import CLIPTextConfig, CLIPTextModel
+    except ImportError:
+        return
+    torch.manual_seed(0)
+    config = CLIPTextConfig(
+        hidden_size=32, intermediate_size=64, num_attention_heads=2, num_hidden_layers=2, projection_dim=32,
+        vocab_size=49408, bos_token_id=49406, eos_token_id=49407,
+    )  # fmt: skip
+    clip = CLIPTextModel(config).eval().requires_grad_(False)
+    ids = torch.tensor([[49406, 320, 736, 3240, *[49407] * 73]])  # "a red fox", padded as the published features were
+    state = {key.removeprefix("text_model."): value for key, value in clip.state_dict().items()}
+    state = {f"text_model.{key}": value for key, value in state.items()}
+    save_file({**state, "ids": ids, "features": clip(ids).last_hidden_state}, path)

@@ -67,7 +67,7 @@ class ZigMaPictureSheet(io.ComfyNode):
                 f"write one line of captions for each picture, an empty line for none: got {len(lines)} captions for "
                 f"{len(pictures)} pictures"
             )
-        size = text_size or max(13, max(picture.width for picture in pictures) // 24)
+        size = text_size or max(13, min(48, max(picture.width for picture in pictures) // 30))
         sheet = labelled_sheet(
             pictures, lines, columns=columns or None, title=title.strip(), text_size=size, gap=max(18, size)
         )

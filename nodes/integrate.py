@@ -24,6 +24,7 @@ __all__ = ["FlowSampler", "OdeSettings", "SdeSettings"]
 # v = (denoised - x) / sigma is 0/0 at the data; evaluations there are taken this far before it.
 SIGMA_MIN = 1e-3
 TOLERANCE = 1e-4  # a schedule computed in half precision may start this far above 1
+CLOSE = 0.01  # part of the first sigma up to which dopri5 goes before a jump
 HUNDREDTHS = 100  # what dopri5, which does not know its number of steps, counts its progress in
 
 
@@ -45,6 +46,10 @@ class OdeSettings:
             return step
         covered = (sigmas[0] - (1 - t)) / (sigmas[0] - sigmas[-1])
         return max(round(HUNDREDTHS * covered) - 1, 0)
+
+    def before_jump(self, sigmas: list[float]) -> list[float] | None:
+        """What is walked of sigmas that end at 0 if the last step jumps to the expected picture; None: it need not."""
+        return [sigmas[0], CLOSE * sigmas[0]] if self.method == "dopri5" else sigmas[:-1]
 
     def solve(self, field: _Field, x: Tensor, sigmas: list[float], seed: int | None, on_step: Callback) -> Tensor:
         """x at the first sigma to x at the last."""
@@ -75,6 +80,10 @@ class SdeSettings:
     def report(self, step: int, t: float, sigmas: list[float]) -> int:
         """What the progress bar shows in this step, counted from 0."""
         return step
+
+    def before_jump(self, sigmas: list[float]) -> list[float] | None:
+        """As that of OdeSettings."""
+        return sigmas[:-1] if self.last_step is None else None
 
     def solve(self, field: _Field, x: Tensor, sigmas: list[float], seed: int | None, on_step: Callback) -> Tensor:
         """x at the first sigma to x at the last. Sigmas that end above 0 have no last step."""
@@ -131,12 +140,18 @@ def integrate(
                 sigma = torch.as_tensor(1 - t)
                 callback({"x": x, "i": shown, "sigma": sigma, "sigma_hat": sigma, "denoised": field.denoised})
 
-        x = settings.solve(field, x, walked, extra_args.get("seed"), on_step)
-    mask = extra_args.get("denoise_mask")
-    if mask is not None and walked[-1] == 0 and isinstance(settings, SdeSettings):
-        # What an SDE leaves beside the expected picture is noise; where the mask keeps the picture there is to be none.
-        x = field.denoised + mask * (x - field.denoised)
-    return x
+        seed, mask = extra_args.get("seed"), extra_args.get("denoise_mask")
+        if mask is None or walked[-1] > 0:
+            return settings.solve(field, x, walked, seed, on_step)
+        # Under a mask the host's picture is no limit of the network's: there is no velocity at the data. So the last
+        # step jumps to the picture, as stock samplers do, or has at least no noise where the mask keeps the picture.
+        part = settings.before_jump(walked)
+        if part is None:
+            x = settings.solve(field, x, walked, seed, on_step)
+            return field.denoised + mask * (x - field.denoised)
+        x = settings.solve(field, x, part, seed, on_step) if len(part) > 1 else x
+        on_step(len(part) - 1, 1 - part[-1], x, field(x, 1 - x.new_full((len(x),), part[-1])))
+        return field.denoised
 
 
 class _Field:

@@ -130,9 +130,10 @@ def check_every_solver_follows_the_sigmas(pack):
             expected = solvers.solve_sde(
                 velocity, noise, method=method, times=times, last_step=None, generator=generator
             )
-            close(drawn(it, sde(pack, method, last_step="none"), part), ends(expected), 1e-4)
+            limit = 1e-4 * ends(expected).abs().max()
+            close(drawn(it, sde(pack, method, last_step="none"), part), ends(expected), limit)
             if part is not sigmas:  # which end above 0, so that there is no last step to take
-                close(drawn(it, sde(pack, method), part), ends(expected), 1e-4)
+                close(drawn(it, sde(pack, method), part), ends(expected), limit)
 
 
 def check_dopri5_is_the_cores(pack):
@@ -235,9 +236,8 @@ def check_a_soft_mask_is_what_stock_samplers_make_of_it(pack):
                 drawn(run, ode(pack, name), grid(pack), latent=soft), drawn(run, sampler, grid(pack), latent=soft), 1e-4
             )
         for name, sampler in every_sampler(pack).items():
-            got = drawn(run, sampler, grid(pack, 20), latent=soft)
-            away = (got - drawn(run, stock_samplers["euler"], grid(pack, 20), latent=soft)).abs().max()
-            assert away < 3, (name, away)  # of numbers up to 5: nothing explodes
+            got, stocks = (drawn(run, s, grid(pack, 20), latent=soft) for s in (sampler, stock_samplers["euler"]))
+            assert got.abs().max() < 3 * stocks.abs().max(), name  # nothing explodes
 
 
 def check_image_to_image_comes_closer_with_less_denoise(pack):

@@ -53,7 +53,7 @@ def grid(pack, steps=10, denoise=1.0, spacing="uniform", shift=1.0) -> torch.Ten
 def every_sampler(pack) -> dict:
     solvers, parts = pack.part("zigma.solvers"), {}
     for solver in solvers.ODE_SOLVERS:
-        parts[solver] = ode(pack, solver)
+        parts[solver] = ode(pack, solver, 1e-2, 1e-2)  # so that dopri5 takes few steps
     for solver in solvers.SDE_SOLVERS:
         for last_step in (*solvers.LAST_STEPS, "none"):
             parts[f"{solver}, {last_step}"] = sde(pack, solver, last_step=last_step)
@@ -231,13 +231,14 @@ def check_a_soft_mask_is_what_stock_samplers_make_of_it(pack):
     fading.model = result(differential.DifferentialDiffusion().execute(it.model))[0]
     stock_samplers = {name: comfy.samplers.sampler_object(name) for name in ("euler", "heun")}
     for run in (it, fading):
+        largest = drawn(run, stock_samplers["euler"], grid(pack), latent=soft).abs().max()
         for name, sampler in stock_samplers.items():
             close(
                 drawn(run, ode(pack, name), grid(pack), latent=soft), drawn(run, sampler, grid(pack), latent=soft), 1e-4
             )
         for name, sampler in every_sampler(pack).items():
-            got, stocks = (drawn(run, s, grid(pack, 20), latent=soft) for s in (sampler, stock_samplers["euler"]))
-            assert got.abs().max() < 3 * stocks.abs().max(), name  # nothing explodes
+            got = drawn(run, sampler, grid(pack), latent=soft)
+            assert got.abs().max() < 3 * largest, name  # nothing explodes
 
 
 def check_image_to_image_comes_closer_with_less_denoise(pack):
@@ -266,7 +267,7 @@ def check_a_batch_is_its_pictures_alone(pack):
 def check_a_seed_repeats_and_another_differs(pack):
     it = setting(pack)
     for name, sampler in every_sampler(pack).items():
-        first, again, other = (drawn(it, sampler, grid(pack), seed=seed) for seed in (5, 5, 6))
+        first, again, other = (drawn(it, sampler, grid(pack, 5), seed=seed) for seed in (5, 5, 6))
         assert torch.equal(first, again) and not torch.allclose(first, other, atol=1e-2), name
     noiseless = [drawn(it, sde(pack, norm=0.0), grid(pack), seed=seed) for seed in (5, 5)]
     assert torch.equal(*noiseless)

@@ -65,8 +65,8 @@ class ZigMaSampler(io.ComfyNode):
                 io.Float.Input("shift", optional=True, **SHIFT),
                 io.Sampler.Input(
                     "sampler", optional=True,
-                    tooltip="From ZigMa ODE Sampler or ZigMa SDE Sampler: takes the place of solver, with its "
-                    "tolerances, diffusion and last step.",
+                    tooltip="Takes the place of solver: ZigMa ODE Sampler or ZigMa SDE Sampler with their tolerances, "
+                    "diffusion and last step, or KSamplerSelect. Costs what that sampler does.",
                 ),
             ],
             outputs=[io.Latent.Output(tooltip="For VAE Decode or ZigMa VAE Decode.")],

@@ -28,12 +28,12 @@ class ZigMaODESampler(io.ComfyNode):
                 io.Combo.Input(
                     "solver", options=list(ODE_SOLVERS), default="euler",
                     tooltip="Model evaluations in each step: euler 1, midpoint and heun 2, heun3 3, rk4 and rk4-3/8 "
-                    "4. dopri5 looks at the first and the last of the sigmas alone, and takes steps of 6 evaluations "
-                    "as the tolerances ask, often 50 to 200 in all.",
+                    "4. dopri5 looks at the first and the last of the sigmas alone, and takes 2 evaluations and 6 in "
+                    "each step that the tolerances ask for: some 100 in all for the demo model.",
                 ),
                 io.Float.Input(
                     "rtol", default=1e-3, min=1e-6, max=1.0, step=1e-4, round=False,
-                    tooltip="Of dopri5 alone: the relative error allowed in a step. A tenth of it takes about 1.6 "
+                    tooltip="Of dopri5 alone: the relative error allowed in a step. A tenth of it takes two to three "
                     "times as many evaluations.",
                 ),
                 io.Float.Input(

@@ -179,6 +179,8 @@ def check_the_all_in_one_sampler_is_our_nodes_bit_for_bit(pack):
     own = sde(pack, "heun", "constant", 0.5, "tweedie", 0.1)
     got = all_in_one(pack, it, "euler", spacing="cosine", shift=2.0, sampler=own)
     assert torch.equal(got, drawn(it, own, grid(pack, 10, 1.0, "cosine", 2.0)))
+    stock_one = comfy.samplers.sampler_object("dpmpp_2m")
+    assert torch.equal(all_in_one(pack, it, sampler=stock_one), drawn(it, stock_one, grid(pack)))
     latent = {"samples": torch.randn(2, 4, 4, 6), "noise_mask": torch.rand(1, 32, 48), "batch_index": [4, 1]}
     for sampler, solver in ((ode(pack), "euler"), (sde(pack), "sde-euler-maruyama")):
         got = all_in_one(pack, it, solver, denoise=0.7, latent=latent)

@@ -87,14 +87,16 @@ class SdeSettings:
 
     def solve(self, field: _Field, x: Tensor, sigmas: list[float], seed: int | None, on_step: Callback) -> Tensor:
         """x at the first sigma to x at the last. Sigmas that end above 0 have no last step."""
-        settings, size = self, self.last_step_size
+        settings, size, start = self, self.last_step_size, sigmas[0]
         if sigmas[-1] > 0:
             settings = replace(self, last_step=None)
         elif self.last_step is not None:
-            size = min(size, sigmas[0] / 2)  # of a run that starts close to the data
+            size = min(size, start / 2)  # of a run that starts close to the data
             sigmas = ending_at(sigmas, size)
-        # Not the seed itself: the SDE's noise must not repeat the noise it starts from.
-        generator = None if seed is None else torch.Generator("cpu").manual_seed((seed + 1) % 2**63)
+        # Not the seed itself: the noise must not repeat that of the start, nor that of an earlier half of the sigmas,
+        # whose second half commonly runs with DisableNoise, which is seed 0.
+        own = None if seed is None else (seed + 1 + round((1 - start) * 2**20)) % 2**63
+        generator = None if own is None else torch.Generator("cpu").manual_seed(own)
         return solve_sde(
             field, x, method=self.method, diffusion=self.diffusion, norm=self.norm, last_step=settings.last_step,
             last_step_size=size, generator=generator, times=[1 - sigma for sigma in sigmas], callback=on_step,
@@ -169,14 +171,14 @@ class _Field:
 
 def _distinct(sigmas: Tensor) -> list[float]:
     """Without repetitions, which schedules of many steps have: nothing happens in an interval of no length."""
-    values = sigmas.tolist()
+    values = [1.0 if 1 < value <= 1 + TOLERANCE else value for value in sigmas.tolist()]
     return [value for i, value in enumerate(values) if i == 0 or value != values[i - 1]]
 
 
 def _checked(sigmas: list[float]) -> list[float]:
     """Falling sigmas between 1 and 0, or a sentence."""
     remedy = "connect ZigMa Scheduler, or BasicScheduler with a ZigMa MODEL, to sigmas"
-    if sigmas[0] > 1 + TOLERANCE:
+    if sigmas[0] > 1:
         raise ValueError(
             f"{remedy}: got sigmas from {sigmas[0]:g}, which are of another kind of model, expected them to fall from "
             "at most 1 (noise) to 0 (picture)"
@@ -188,7 +190,7 @@ def _checked(sigmas: list[float]) -> list[float]:
             f"give at least two different sigmas: got {_shown(sigmas)}, so that the noise would be left as it is; "
             "after SplitSigmas use a step of 1 or more"
         )
-    return [min(sigma, 1.0) for sigma in sigmas]
+    return sigmas
 
 
 def _shown(sigmas: list[float]) -> str:

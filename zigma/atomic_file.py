@@ -81,7 +81,8 @@ def write_safetensors(
     with replacing(Path(path)) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            numbers = tensors[name].detach().to("cpu", dtypes[name]).contiguous()
+            # The device by itself and first: a host's parameter may apply its patches on the way there.
+            numbers = tensors[name].to("cpu").detach().to(dtypes[name]).contiguous()
             if sys.byteorder != "little":
                 raise ValueError("this machine is big-endian, and the format is little-endian: write it elsewhere")
             file.write(memoryview(numbers.reshape(-1).view(torch.uint8).numpy()))

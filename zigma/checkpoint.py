@@ -29,10 +29,12 @@ from .atomic_file import write_safetensors
 from .autoencoder import Autoencoder, autoencoder_from_state_dict
 from .conditions import ConditionFacts
 from .config import ZigMaConfig
+from .foreign_files import ForeignFile, ForeignFileError, recognise, recognise_bytes
+from .host_files import DESCRIPTION, from_host_layout, order_tensors
 from .latent_format import LatentFormat
 from .mixer import FLOAT32_PARAMETERS, at_least_float32
 from .model import ZigMa
-from .published import SD_LATENT_SCALE, derive_config, read_torch_checkpoint, strip_prefixes
+from .published import SD_LATENT_SCALE, UntoldError, derive_config, read_torch_checkpoint, strip_prefixes
 from .text import TextEncoderConfig, WordTextEncoder
 
 __all__ = [
@@ -113,7 +115,7 @@ def read_checkpoint(
     if path.suffix.lower() in TORCH_SUFFIXES:
         return _foreign_file(path, *_read_torch(path, weights), token_orders, arguments)
     tensors, metadata = _read_tensors(path)
-    if "zigma.config" not in metadata:
+    if "zigma.config" not in metadata and DESCRIPTION not in tensors:
         return _foreign_file(path, tensors, {}, metadata, token_orders, arguments)
     if arguments or token_orders is not None:
         raise CheckpointError(
@@ -121,13 +123,15 @@ def read_checkpoint(
             "leave that out; token_orders can be given to each call of the model",
         )  # fmt: skip
     try:
+        if DESCRIPTION in tensors:
+            tensors, metadata = from_host_layout(tensors, metadata)
         config = ZigMaConfig.from_json(metadata["zigma.config"])
         stated = json.loads(metadata.get("zigma.latent", "null"))
         latent = LatentFormat(**stated) if stated else LatentFormat(channels=config.in_channels)
         text = TextEncoderConfig.from_json(metadata["zigma.text_encoder"]) if "zigma.text_encoder" in metadata else None
         layers = json.loads(metadata.get("zigma.token_orders", "null"))
         condition = ConditionFacts.read(metadata, config, own_text_encoder=text is not None)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(path, f"its metadata is wrong ({error})", "get the file again") from error
     if latent.channels != config.in_channels:
         raise CheckpointError(
@@ -150,6 +154,8 @@ def read_checkpoint(
 def _read_torch(path: Path, weights: str) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:
     try:
         tensors, stated, facts = read_torch_checkpoint(path, weights)
+    except ForeignFileError as error:
+        raise _other_kind(path, error.file) from error
     except (ValueError, OSError) as error:
         raise CheckpointError(
             path, f"it is refused, because {error}",
@@ -166,10 +172,10 @@ def _foreign_file(
     try:
         tensors = strip_prefixes(tensors)
         config = derive_config(tensors, stated, arguments)
+    except UntoldError as error:
+        raise CheckpointError(path, str(error), error.remedy(path)) from error
     except ValueError as error:
-        raise CheckpointError(
-            path, str(error), "on the command line these are options, such as --scan-type and --img-dim"
-        ) from error
+        raise CheckpointError(path, str(error), "choose the file of a ZigMa model") from error
     model = ZigMa(config, device="meta")
     _check_state(path, "model", tensors, model)
     if token_orders is not None:
@@ -274,22 +280,29 @@ def save_checkpoint(
         tensors |= {VAE_PREFIX + key: value for key, value in autoencoder.state_dict().items()}
     dtypes = {key: dtype if dtype and value.is_floating_point() else value.dtype for key, value in tensors.items()}
     if model.token_orders is not None:
-        distinct = list({tuple(order.tolist()): None for order in model.token_orders})
-        given["zigma.token_orders"] = json.dumps([distinct.index(tuple(o.tolist())) for o in model.token_orders])
-        tensors |= {f"{ORDERS_PREFIX}{k}": torch.tensor(o, dtype=torch.int32) for k, o in enumerate(distinct)}
+        orders, given["zigma.token_orders"] = order_tensors(model.token_orders)
+        tensors |= orders
     write_safetensors(tensors, path, given, dtypes)
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if path.suffix.lower() != ".safetensors":
-        raise CheckpointError(
-            path, f"its name ends in {path.suffix!r}", f"expected .safetensors or one of {', '.join(TORCH_SUFFIXES)}"
-        )
+        found, expected = recognise_bytes(path), f"expected .safetensors or one of {', '.join(TORCH_SUFFIXES)}"
+        what, remedy = (f" and {found.what}", f"{found.remedy}; {expected}") if found else ("", expected)
+        raise CheckpointError(path, f"its name ends in {path.suffix!r}{what}", remedy)
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            names, metadata = list(file.keys()), dict(file.metadata() or {})
+            if "zigma.config" not in metadata and (found := recognise(names)):
+                raise _other_kind(path, found)
+            return {key: file.get_tensor(key) for key in names}, metadata
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(path, f"it cannot be read as safetensors ({error})", "get the file again") from error
+        found = recognise_bytes(path) or ForeignFile(str(error), "get the file again")
+        raise CheckpointError(path, f"it cannot be read as safetensors ({found.what})", found.remedy) from error
+
+
+def _other_kind(path: Path, file: ForeignFile) -> CheckpointError:
+    return CheckpointError(path, f"it seems to be {file.what} and not a ZigMa model", file.remedy)
 
 
 def _take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

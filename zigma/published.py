@@ -12,6 +12,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +20,17 @@ from torch import Tensor
 
 from .config import ZigMaConfig, published_arguments
 from .embedders import sine_positions
+from .foreign_files import ForeignFileError, recognise
 from .pickle_reader import Record, TensorReference, TorchFile
 
-__all__ = ["SD_LATENT_SCALE", "derive_config", "plain_configuration", "read_torch_checkpoint", "strip_prefixes"]
+__all__ = [
+    "SD_LATENT_SCALE",
+    "UntoldError",
+    "derive_config",
+    "plain_configuration",
+    "read_torch_checkpoint",
+    "strip_prefixes",
+]
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +38,25 @@ SD_LATENT_SCALE = 0.18215  # of the Stable Diffusion VAE, on whose latents all r
 # What wrappers put before every key: DistributedDataParallel, torch.compile, a host's saved model.
 _PREFIXES = re.compile(r"^(?:model\.diffusion_model\.|diffusion_model\.|module\.|_orig_mod\.)+")
 _MOST_NODES = 100_000  # of an args tree; a real one has a few hundred
+
+
+class UntoldError(ValueError):
+    """A file that leaves open what its model is: `examples` has the arguments that it wants, each with one value."""
+
+    def __init__(self, examples: dict[str, Any]) -> None:
+        self.examples = examples
+        super().__init__(
+            f"its tensors do not tell {' and '.join(examples)}: give {'it' if len(examples) == 1 else 'them'}, such as "
+            + ", ".join(f"{name}={value!r}" for name, value in examples.items())
+        )
+
+    def remedy(self, path: Path) -> str:
+        """The command that writes a file which says them."""
+        options = " ".join(f"--{name.replace('_', '-')} {example}" for name, example in self.examples.items())
+        return (
+            "write a file that says so, once, with "
+            f"`python -m zigma convert {path.name} {path.stem}-complete.safetensors {options}`"
+        )
 
 
 def read_torch_checkpoint(path: str | os.PathLike, weights: str) -> tuple[dict[str, Tensor], dict[str, Any], dict]:
@@ -46,26 +74,30 @@ def read_torch_checkpoint(path: str | os.PathLike, weights: str) -> tuple[dict[s
         if not isinstance(contents, dict):
             raise ValueError(f"it holds a {type(contents).__name__} instead of a dictionary")
         arguments: dict[str, Any] = {}
-        facts = {k: v for k in ("train_steps", "best_fid") if isinstance(v := contents.get(k), int | float)}
+        numbers = {k: contents.get(k) for k in ("train_steps", "best_fid")}
+        facts: dict[str, Any] = {k: v for k, v in numbers.items() if isinstance(v, int | float)}
         state = contents
         if not any(isinstance(value, TensorReference) for value in contents.values()):
-            state = _chosen(contents, weights)
+            facts["weights"] = name = _chosen(contents, weights)
+            state = contents[name]
             if contents.get("args") is not None:
                 arguments = published_arguments(plain_configuration(contents["args"]), "its args")
         strange = [str(key) for key, value in state.items() if not isinstance(value, TensorReference)]
         if strange:
             raise ValueError(f"its state dict has entries that are no tensors ({', '.join(strange[:3])})")
+        if found := recognise(map(str, state)):
+            raise ForeignFileError(found)
         return {str(key): file.tensor(value) for key, value in state.items()}, arguments, facts
 
 
-def _chosen(contents: dict, weights: str) -> dict:
+def _chosen(contents: dict, weights: str) -> str:
     held = [name for name in ("ema", "model", "state_dict") if isinstance(contents.get(name), dict)]
     if not held:
         raise ValueError(f"it has the entries {', '.join(map(str, contents))[:100]} and neither 'ema' nor 'model'")
     if weights in held:
-        return contents[weights]
+        return weights
     log.warning("the file has no %r weights: its %r weights are used", weights, held[0])
-    return contents[held[0]]
+    return held[0]
 
 
 def strip_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -131,10 +163,7 @@ def derive_config(state: Mapping[str, Tensor], stated: Mapping[str, Any], given:
     _derive_grid(state, known, video_stated="video_frames" in known or bool(stated))
     missing = [name for name in ("scan_type", "video_frames", "img_dim") if known.get(name) is None]
     if missing:
-        raise ValueError(
-            f"its tensors do not tell {' and '.join(missing)}: give {'it' if len(missing) == 1 else 'them'}, such as "
-            + ", ".join(f"{name}={_EXAMPLES[name]!r}" for name in missing)
-        )
+        raise UntoldError({name: _EXAMPLES[name] for name in missing})
     return ZigMaConfig.from_published(**known)
 
 

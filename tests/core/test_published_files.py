@@ -57,7 +57,8 @@ def test_a_published_checkpoint_states_its_facts(root):
         img_dim=8, in_channels=4, patch_size=2, embed_dim=64, depth=4, scan_type="zigzagN8"
     )
     assert file.latent.scale == 0.18215 and file.latent.downscale == 8
-    assert set(file.metadata) == {"zigma.train_steps", "zigma.best_fid"}
+    assert set(file.metadata) == {"zigma.train_steps", "zigma.best_fid", "zigma.weights"}
+    assert file.metadata["zigma.weights"] == "ema"
 
 
 def test_the_legacy_switch_reaches_a_file(root):

@@ -10,6 +10,7 @@ and nothing outside this file knows. Everything else is the host's own: its samp
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 import comfy.latent_formats
@@ -22,18 +23,28 @@ import comfy.supported_models_base
 import torch
 from torch import Tensor
 
-from ..zigma.checkpoint import CheckpointFile, LatentFormat
+from ..zigma.checkpoint import CheckpointFile, LatentFormat, read_checkpoint
 from ..zigma.conditions import ConditionFacts
+from ..zigma.host_files import host_description
 from ..zigma.model import Condition, ZigMa
 from .comfy_conditions import LABELS, NO_NULL, check_channels, check_latent, model_conditions
+from .comfy_patches import patch_loose_parameters
 from .layer_orders import SCAN_ORDERS, LayerOrder, make_order
 
-__all__ = ["SCAN_ORDERS", "LayerOrder", "as_zigma", "build_model", "facts_of", "make_order"]
+__all__ = [
+    "SCAN_ORDERS", "WEIGHT_DTYPES", "LayerOrder", "as_zigma", "build_model", "current_orders", "facts_of", "make_order",
+]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
 KEPT_CONDITIONS = 4  # of a sampling run: batches of conditions that take turns within a step
 KEPT_SCHEDULES = 8  # of token orders: clones of one MODEL whose sampling takes turns, on a few grids
+
+# What weights may be stored in; the host computes in what its device is good at.
+WEIGHT_DTYPES: dict[str, torch.dtype | None] = {
+    "auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+    "float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2,
+}  # fmt: skip
 
 
 class HostZigMa(ZigMa):
@@ -51,6 +62,9 @@ class HostZigMa(ZigMa):
         self._told_of_cfg = False
         self._overridden: dict[tuple, list[Tensor]] = {}
         self._encoded: list[tuple[Tensor, torch.dtype, Condition]] | None = None  # None: no run, or one that may not
+
+    def reset_parameters(self) -> None:
+        """Nothing: a file's weights follow, and initial ones cannot be drawn in 8 bits."""
 
     def forward(
         self, x: Tensor, timestep: Tensor, context=None, control=None, transformer_options=None, **conditions
@@ -161,6 +175,8 @@ class HostConfig(comfy.supported_models_base.BASE):
     supported_inference_dtypes = [torch.bfloat16, torch.float32]  # noqa: RUF012
 
     def __init__(self, file: CheckpointFile) -> None:
+        # The description alone: this lives as long as the model, whose weights would be in memory twice.
+        file = dataclasses.replace(file, state_dict={}, text_state=None, vae_state=None)
         super().__init__({"zigma_file": file, "in_channels": file.config.in_channels})
         self.latent_format = ZigMaLatent(file.latent, video=file.config.video_frames > 0)
 
@@ -178,7 +194,7 @@ class HostModel(comfy.model_base.BaseModel):
 
     def __init__(self, config: HostConfig, device=None) -> None:
         super().__init__(config, model_type=comfy.model_base.ModelType.FLOW, device=device, unet_model=HostZigMa)
-        file = config.unet_config["zigma_file"]
+        file = self.zigma_file = config.unet_config["zigma_file"]  # without its tensors
         self.zigma_config, self.zigma_facts = file.config, file.condition
 
     def extra_conds(self, **given) -> dict:
@@ -198,27 +214,49 @@ class HostModel(comfy.model_base.BaseModel):
             )
         return super().apply_model(x, t, *arguments, **keywords)
 
+    def state_dict_for_saving(self, *state_dicts, **more) -> dict[str, Tensor]:
+        """What the host's savers write: also what our loader has to know of a model."""
+        return {**super().state_dict_for_saving(*state_dicts, **more), **host_description(self.zigma_file)}
 
-def build_model(file: CheckpointFile):
-    """A host MODEL (ModelPatcher) with the denoiser of a file."""
+
+def build_model(file: CheckpointFile, weight_dtype: str = "auto", disable_dynamic: bool = False):
+    """A host MODEL (ModelPatcher) with the denoiser of a file.
+
+    Args:
+        file: with its tensors.
+        weight_dtype: what the weights are stored in, a key of WEIGHT_DTYPES; auto is the host's choice.
+        disable_dynamic: of newer hosts: a model that they load as older ones do.
+    """
     management = comfy.model_management
     parameters = sum(tensor.numel() for tensor in file.state_dict.values())
     device, offload = management.get_torch_device(), management.unet_offload_device()
     supported = HostConfig.supported_inference_dtypes
-    dtype = management.unet_dtype(model_params=parameters, supported_dtypes=supported)
+    dtype = WEIGHT_DTYPES[weight_dtype]
+    if dtype is None:
+        dtype = management.unet_dtype(model_params=parameters, supported_dtypes=supported)
     config = HostConfig(file)
     config.set_inference_dtype(dtype, management.unet_manual_cast(dtype, device, supported))
     model = config.get_model(file.state_dict, device=offload)
     model.diffusion_model.load_state_dict(file.state_dict)
     model.eval().requires_grad_(False)
-    # What newer hosts use for their own models, with finer offloading; it has another name there.
-    patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+    patcher = comfy.model_patcher.ModelPatcher
+    if not disable_dynamic:
+        # What newer hosts use for their own models, with finer offloading; it has another name there.
+        patcher = getattr(comfy.model_patcher, "CoreModelPatcher", patcher)
     patcher = patcher(model, load_device=device, offload_device=offload)
+    # How newer hosts make a model of their own for hooks, torch.compile and further devices.
+    patcher.cached_patcher_init = (_build_again, (file.path, file.metadata.get("zigma.weights"), weight_dtype))
     events = comfy.patcher_extension.CallbacksMP
+    patcher.add_callback(events.ON_LOAD, patch_loose_parameters)
     patcher.add_callback(events.ON_PRE_RUN, _on_run)
     patcher.add_callback(events.ON_CLEANUP, _on_other_weights)
     patcher.add_callback(events.ON_APPLY_HOOKS, _on_other_weights)  # hooks patch weights in the middle of a run
     return patcher
+
+
+def _build_again(path, weights: str | None, weight_dtype: str, disable_dynamic: bool = False):
+    file = read_checkpoint(path, "ema" if weights in (None, "ema") else "model")
+    return build_model(file, weight_dtype, disable_dynamic)
 
 
 def _on_run(patcher) -> None:
@@ -254,3 +292,13 @@ def facts_of(model) -> ConditionFacts:
     """What the file of a host MODEL says of its conditions; ValueError as `as_zigma`."""
     as_zigma(model)
     return model.model.zigma_facts
+
+
+def current_orders(model) -> list[Tensor]:
+    """The orders that the layers of a host MODEL read in, on the grid it was trained on; those of a graph included."""
+    network = as_zigma(model)
+    config, schedule = network.config, model.model_options.get("transformer_options", {}).get(SCAN_ORDERS)
+    if schedule is None:
+        return network.layer_orders(*config.grid, config.video_frames)
+    frames = [config.video_frames] if config.video_frames else []
+    return network._scheduled(schedule, torch.empty(1, *frames, config.in_channels, *config.img_dim))

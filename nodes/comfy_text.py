@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ..zigma.checkpoint import CheckpointFile
+from ..zigma.host_files import TEXT_DESCRIPTION, text_to_tensor
 from ..zigma.text import TextEncoderConfig, WordTextEncoder, split_words
 
-__all__ = ["build_clip"]
+__all__ = ["build_clip", "text_config_of"]
 
 
 class HostTextModel(torch.nn.Module):
@@ -70,9 +71,9 @@ class HostTokenizer:
         names = ("", *self.config.vocabulary)
         return [(pair, names[pair[0]]) for pair in token_weight_pair]
 
-    def state_dict(self) -> dict:
-        """Nothing beside the encoder's weights."""
-        return {}
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the host's savers write beside the encoder's weights: what the encoder is."""
+        return {TEXT_DESCRIPTION: text_to_tensor(self.config.to_json())}
 
 
 def build_clip(file: CheckpointFile):
@@ -86,3 +87,22 @@ def build_clip(file: CheckpointFile):
     clip.cond_stage_model.eval().requires_grad_(False)
     clip.load_sd(file.text_state)
     return clip
+
+
+def text_config_of(clip, width: int) -> TextEncoderConfig:
+    """What the word-level encoder inside a host CLIP is, for a model of text features of this width.
+
+    Raises:
+        ValueError: it is another kind of text encoder, or of another width.
+    """
+    if not isinstance(clip.tokenizer, HostTokenizer):
+        raise ValueError(
+            f"leave clip unconnected and load that text encoder by its own node: got a CLIP of the kind "
+            f"{type(clip.cond_stage_model).__name__}, expected the one of a ZigMa Model Loader"
+        )
+    config = clip.tokenizer.config
+    if config.width != width:
+        raise ValueError(
+            f"connect the CLIP of this model: got one with features of width {config.width}, expected {width}"
+        )
+    return config

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .atomic_file import write_safetensors
+from .mixer import FLOAT32_PARAMETERS
 
 if TYPE_CHECKING:
     from .checkpoint import CheckpointFile
@@ -81,13 +82,17 @@ def description_of(file: CheckpointFile) -> tuple[dict[str, Tensor], dict[str, s
     return orders, metadata
 
 
-def write_checkpoint(file: CheckpointFile, path: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
+def write_checkpoint(
+    file: CheckpointFile, path: str | os.PathLike, dtype: torch.dtype | None = None,
+    more: Mapping[str, str] | None = None,
+) -> None:  # fmt: skip
     """Write what was read, or put together, as a model file that describes itself.
 
     Args:
         file: tensors may be of any device; file.path is not used.
         path: ends in .safetensors; a file of that name is replaced only when the new one is complete.
-        dtype: of the floating-point tensors in the file; None keeps theirs.
+        dtype: of the floating-point tensors in the file, but A and D keep what they are; None keeps all.
+        more: metadata beside what describes the model.
 
     Raises:
         ValueError: a dtype that the format does not know. OSError: the disk is full, the folder is not writable.
@@ -96,8 +101,12 @@ def write_checkpoint(file: CheckpointFile, path: str | os.PathLike, dtype: torch
     tensors = dict(file.state_dict)
     tensors |= {f"text_encoder.{key}": value for key, value in (file.text_state or {}).items()}
     tensors |= {f"vae.{key}": value for key, value in (file.vae_state or {}).items()}
-    dtypes = {key: dtype if dtype and value.is_floating_point() else value.dtype for key, value in tensors.items()}
-    write_safetensors({**tensors, **orders}, path, metadata, dtypes)
+    changed = {
+        key: dtype
+        for key, value in tensors.items()
+        if dtype and value.is_floating_point() and key.rpartition(".")[2] not in FLOAT32_PARAMETERS
+    }
+    write_safetensors({**tensors, **orders}, path, {**metadata, **(more or {})}, changed)
 
 
 def host_description(file: CheckpointFile) -> dict[str, Tensor]:

@@ -37,8 +37,8 @@ def path_of(language: str) -> Path:
 
 
 def read(language: str) -> dict:
-    """A language's texts."""
-    return json.loads(path_of(language).read_text(encoding="utf-8"))
+    """A language's texts; none where nobody has translated yet."""
+    return json.loads(path_of(language).read_text(encoding="utf-8")) if path_of(language).is_file() else {}
 
 
 def write(language: str, texts: dict) -> None:
@@ -63,7 +63,7 @@ def fingerprint(text: str) -> str:
 
 def compare(language: str, english: dict) -> tuple[list[str], list[str]]:
     """(keys without a translation, keys translated from another English than today's)."""
-    here = dict(flat(read(language))) if path_of(language).is_file() else {}
+    here = dict(flat(read(language)))
     sources = json.loads(SOURCES.read_text(encoding="utf-8")) if SOURCES.is_file() else {}
     there = dict(flat(english))
     known = sources.get(language, {})

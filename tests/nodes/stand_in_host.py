@@ -59,6 +59,8 @@ class _IO(types.ModuleType):
 
     Schema = _Schema
 
+    Hidden = types.SimpleNamespace(prompt="PROMPT", extra_pnginfo="EXTRA_PNGINFO", unique_id="UNIQUE_ID")
+
     class ComfyNode:
         """Base of every node."""
 

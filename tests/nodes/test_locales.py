@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 
 import pytest
-from locale_files import LANGUAGES, ROOT, SOURCES, compare, english_of, flat, read
+from locale_files import LANGUAGES, compare, english_of, flat, read
 from stand_in_host import nodes_of_the_pack
 
 # Input names, sizes, solver names and the like stay as they are in every language.
@@ -42,8 +41,3 @@ def test_a_translation_is_in_its_own_script_and_keeps_numbers_and_names(english,
             assert re.search(SCRIPTS[language], text), f"{key} is not in {language}: {text}"
             numbers = [sorted(re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?![\w])", t)) for t in (there[key], text)]
             assert set(numbers[0]) <= set(re.findall(r"\d+(?:\.\d+)?", text)), f"{key}: {numbers[0]} in {text}"
-
-
-def test_every_translation_says_from_which_english_it_was_made():
-    sources = json.loads(SOURCES.read_text(encoding="utf-8"))
-    assert set(sources) == set(LANGUAGES) and (ROOT / "locales/en/nodeDefs.json").is_file()

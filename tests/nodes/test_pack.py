@@ -17,7 +17,10 @@ NODE_IDS = sorted(
     match for path in SOURCES for match in re.findall(r'node_id="(\w+)"', path.read_text(encoding="utf-8"))
 )  # fmt: skip
 # Stock nodes that workflows use; whether they exist is asked in a real host, which runs the workflows.
-STOCK = {"CLIPTextEncode", "SaveImage", "MarkdownNote", "KSampler", "VAEDecode", "PreviewImage"}
+STOCK = {
+    "CFGGuider", "CLIPTextEncode", "KSampler", "MarkdownNote", "MaskComposite", "PreviewImage", "RandomNoise",
+    "SamplerCustomAdvanced", "SaveAnimatedWEBP", "SaveImage", "SetLatentNoiseMask", "SolidMask", "VAEDecode",
+}  # fmt: skip
 API = sorted((ROOT / "workflows/api").glob("*.json"))
 
 
@@ -76,9 +79,9 @@ def _as_api(ui: dict) -> dict:
         for slot in node["inputs"]:
             if "widget" in slot:
                 inputs[slot["name"]] = values.pop(0)
-                if slot["name"] == "seed":
+                if slot["name"] in ("seed", "noise_seed"):
                     assert values.pop(0) in ("fixed", "randomize", "increment", "decrement")
-            else:
+            elif slot["link"] is not None:  # an optional one may be left open
                 inputs[slot["name"]] = links[slot["link"]]
         assert not values
         sent[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}

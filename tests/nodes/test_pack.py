@@ -79,8 +79,8 @@ def _as_api(ui: dict) -> dict:
         for slot in node["inputs"]:
             if "widget" in slot:
                 inputs[slot["name"]] = values.pop(0)
-                if slot["name"] in ("seed", "noise_seed"):
-                    assert values.pop(0) in ("fixed", "randomize", "increment", "decrement")
+                if values and values[0] in ("fixed", "randomize", "increment", "decrement"):
+                    values.pop(0)  # what a canvas does with a seed after each run
             elif slot["link"] is not None:  # an optional one may be left open
                 inputs[slot["name"]] = links[slot["link"]]
         assert not values

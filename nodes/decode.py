@@ -50,8 +50,8 @@ class ZigMaVAEDecode(io.ComfyNode):
         channels = getattr(vae, "latent_channels", latent.shape[1])
         if latent.shape[1] != channels:
             raise ValueError(
-                f"got a latent of {latent.shape[1]} channels and a VAE for {channels}: connect the VAE of the ZigMa "
-                "Model Loader that drew this latent"
+                "connect the VAE of the ZigMa Model Loader that drew this latent, or the one that the model was "
+                f"trained on: got a latent of {latent.shape[1]} channels and a VAE for {channels}"
             )
         if latent.ndim == 5 and getattr(vae, "latent_dim", 2) == 2:
             latent = latent.movedim(2, 1).flatten(0, 1)  # (b, c, f, h, w) -> (b f, c, h, w)

@@ -128,12 +128,7 @@ def _parser() -> Parser:
     _add_file(inspect)
 
     convert = command("convert", convert_command, "Write any model file as a .safetensors that describes itself.")
-    convert.add_argument("file", help="a published .pt, a state dict, or a .safetensors; nothing in it is executed")
-    convert.add_argument("output", type=Path, help="out.safetensors")
-    convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as in the file")
-    convert.add_argument("--vae", type=Path, help="an autoencoder to put beside it")
-    convert.add_argument("--null-label", type=int, help="of a class model: the label that training put for 'no class'")
-    convert.add_argument("--label-names", type=Path, help="of a class model: a text file, one name a line, from 0 on")
+    _add_convert(convert)
     _add_file(convert)
 
     order = command("scan-order", scan_order_command, "Print a token order, or draw it.")
@@ -147,6 +142,15 @@ def _parser() -> Parser:
 
     command("doctor", doctor_command, "Say what is installed here, and which scan backends and devices can run.")
     return parser
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", help="a published .pt, a state dict, or a .safetensors; nothing in it is executed")
+    parser.add_argument("output", type=Path, help="out.safetensors")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as in the file")
+    parser.add_argument("--vae", type=Path, help="an autoencoder to put beside it")
+    parser.add_argument("--null-label", type=int, help="of a class model: the label that training put for 'no class'")
+    parser.add_argument("--label-names", type=Path, help="of a class model: a text file, one name a line, from 0 on")
 
 
 def _add_sampling(parser: argparse.ArgumentParser, count: int | None) -> None:

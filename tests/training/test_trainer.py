@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from zigma.autoencoder import TinyAutoencoder
-from zigma.checkpoint import load_bundle
+from zigma.checkpoint import load_bundle, read_checkpoint
 from zigma.cli import main
 from zigma.sampling import sample
 from zigma.training.data import encode_pictures, read_pictures, vocabulary_of
@@ -121,6 +121,12 @@ def test_a_run_leaves_a_file_that_needs_nothing_else(tmp_path):
     assert sample(bundle, ["red"]).shape == (1, 3, 8, 8)
     assert [p.name for p in (tmp_path / "samples").iterdir()] == ["0000008.png"]
     assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["step"] == TINY.steps
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+def test_a_file_states_whether_the_empty_caption_was_trained(tmp_path, rate):
+    trainer = trainer_in(tmp_path / "run", dataclasses.replace(TINY, caption_dropout=rate))
+    assert read_checkpoint(trainer.export(tmp_path / "m.safetensors")).condition.null is (rate > 0)
 
 
 def test_a_run_starts_from_the_weights_of_a_file_and_matches_words_by_name(tmp_path):

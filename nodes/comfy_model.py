@@ -236,8 +236,9 @@ def build_model(file: CheckpointFile, weight_dtype: str = "auto", disable_dynami
         dtype = management.unet_dtype(model_params=parameters, supported_dtypes=supported)
     config = HostConfig(file)
     config.set_inference_dtype(dtype, management.unet_manual_cast(dtype, device, supported))
-    model = config.get_model(file.state_dict, device=offload)
-    model.diffusion_model.load_state_dict(file.state_dict)
+    with torch.inference_mode(False):  # nodes run in it, and training could not differentiate what was made there
+        model = config.get_model(file.state_dict, device=offload)
+        model.diffusion_model.load_state_dict(file.state_dict)
     model.eval().requires_grad_(False)
     patcher = comfy.model_patcher.ModelPatcher
     if not disable_dynamic:

@@ -44,12 +44,12 @@ def patch_loose_parameters(patcher, device_to: torch.device | None = None, *_) -
     for key in loose_parameters(patcher.model):
         if key not in patcher.patches or key in patcher.backup:
             continue
-        weight = comfy.utils.get_attr(patcher.model, key)
-        patcher.backup[key] = Backup(weight.to(patcher.offload_device), inplace_update=False)
-        patched = comfy.lora.calculate_weight(
-            patcher.patches[key], weight.to(device_to or weight.device, torch.float32, copy=True), key
-        )  # fmt: skip
-        comfy.utils.set_attr_param(patcher.model, key, comfy.float.stochastic_rounding(patched, weight.dtype))
+        with torch.inference_mode(False), torch.no_grad():  # training may use what is patched
+            weight = comfy.utils.get_attr(patcher.model, key)
+            patcher.backup[key] = Backup(weight.to(patcher.offload_device), inplace_update=False)
+            wide = weight.to(device_to or weight.device, torch.float32, copy=True)
+            patched = comfy.lora.calculate_weight(patcher.patches[key], wide, key)
+            comfy.utils.set_attr_param(patcher.model, key, comfy.float.stochastic_rounding(patched, weight.dtype))
 
 
 def misfits(patches: dict, state: dict[str, Tensor]) -> list[str]:

@@ -242,10 +242,11 @@ class ZigMa(nn.Module):
         config = self.config
         if config.mixer == "attention":  # which an order means nothing to: no row needs to move for one
             orders = [torch.arange(len(order)) for order in orders]
-        return relative_scans(
-            orders, self.schedule.axes, grid, frames, device, legacy_permutation=config.legacy_permutation,
-            reversed_time=config.mixer == "mamba" and not config.corrected_time_order,
-        )  # fmt: skip
+        with torch.inference_mode(False):  # a later call that wants gradients uses them again
+            return relative_scans(
+                orders, self.schedule.axes, grid, frames, device, legacy_permutation=config.legacy_permutation,
+                reversed_time=config.mixer == "mamba" and not config.corrected_time_order,
+            )  # fmt: skip
 
     def _checked_orders(self, orders: Sequence[Tensor], grid: tuple[int, int], frames: int) -> list[Tensor]:
         if len(orders) != self.config.depth:

@@ -114,7 +114,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 @contextlib.contextmanager
 def nodes_of_the_pack() -> Iterator[list[type]]:
-    """The node classes, loaded by path under another name, as a host does it; nothing of it stays imported."""
+    """The node classes, loaded by path under another name, as a host does it; no part of a host stays imported."""
     before, finder = set(sys.modules), _Finder()
     sys.meta_path.insert(0, finder)
     try:
@@ -128,5 +128,6 @@ def nodes_of_the_pack() -> Iterator[list[type]]:
     finally:
         sys.meta_path.remove(finder)
         for name in set(sys.modules) - before:
-            if name.partition(".")[0] in (*PARTS, PACK):
+            # The pack's own modules stay: the operators that it registers, once in a process, live in them.
+            if name.partition(".")[0] in PARTS:
                 del sys.modules[name]

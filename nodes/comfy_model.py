@@ -176,7 +176,8 @@ class HostConfig(comfy.supported_models_base.BASE):
 
     def __init__(self, file: CheckpointFile) -> None:
         # The description alone: this lives as long as the model, whose weights would be in memory twice.
-        file = dataclasses.replace(file, state_dict={}, text_state=None, vae_state=None)
+        text, vae = (None if state is None else {} for state in (file.text_state, file.vae_state))
+        file = dataclasses.replace(file, state_dict={}, text_state=text, vae_state=vae)
         super().__init__({"zigma_file": file, "in_channels": file.config.in_channels})
         self.latent_format = ZigMaLatent(file.latent, video=file.config.video_frames > 0)
 

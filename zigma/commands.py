@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.metadata
 import os
-import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,29 +75,17 @@ def file_arguments(options: argparse.Namespace) -> dict[str, Any]:
 def inspect_command(options: argparse.Namespace) -> Iterator[str]:
     """What a file holds, read without building a module."""
     from .checkpoint import read_checkpoint
+    from .diagnosis import architecture_lines, bad_tensors, metadata_lines, size_line
 
     file = read_checkpoint(model_file(options.file), **file_arguments(options))
-    config = file.config
     parts = {"denoiser": file.state_dict, "text encoder": file.text_state, "autoencoder": file.vae_state}
     yield f"{file.path}: {Path(file.path).stat().st_size / 1e6:.1f} MB"
+    yield from (f"  {size_line(name, state)}" for name, state in parts.items())
+    yield from (f"  {line}" for line in architecture_lines(file.config, file.latent, file.token_orders))
     for name, state in parts.items():
-        if state:
-            dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in state.values()}))
-            yield f"  {name}: {sum(t.numel() for t in state.values()):,} parameters in {len(state)} tensors, {dtypes}"
-        else:
-            yield f"  {name}: none in this file"
-    yield f"  width {config.embed_dim}, depth {config.depth}, patch size {config.patch_size}, state {config.d_state}"
-    height, width = config.img_dim
-    frames = f"{config.video_frames} frames of " if config.video_frames else ""
-    yield f"  input: {frames}{config.in_channels} x {height} x {width}, {config.grid[0]} x {config.grid[1]} tokens"
-    yield f"  condition: {file.condition.describe(config)}"
-    own = "in the file, one for each layer" if file.token_orders is not None else config.scan_type
-    switches = [name for name in ("legacy_permutation", "corrected_time_order", "share_ssm") if getattr(config, name)]
-    yield f"  mixer: {config.mixer}; token orders: {own}" + "".join(f", {name}" for name in switches)
-    space = "pixels" if file.latent.pixel_space else f"latents, 1/{file.latent.downscale} of the picture's sides"
-    yield f"  works on: {space}"
-    for key, value in sorted(file.metadata.items()):
-        yield f"  {key} = {value if len(str(value)) <= 200 else str(value)[:197] + '...'}"
+        yield from (f"  damaged, in the {name}: {tensor}" for tensor in bad_tensors(state or {}))
+    yield f"  condition: {file.condition.describe(file.config)}"
+    yield from (f"  {line}" for line in metadata_lines(file.metadata))
 
 
 def convert_command(options: argparse.Namespace) -> Iterator[str]:
@@ -183,22 +169,6 @@ def _read_picture(path: Path) -> Image.Image:
 
 def doctor_command(options: argparse.Namespace) -> Iterator[str]:
     """Versions, devices, backends, shipped models."""
-    import torch
+    from .diagnosis import environment_lines
 
-    from .assets import available_models
-    from .selective_scan import explain_backends
-
-    yield f"python {platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores"
-    for package in ("torch", "einops", "numpy", "pillow", "safetensors", "torchdiffeq", "tqdm"):
-        try:
-            yield f"{package} {importlib.metadata.version(package)}"
-        except importlib.metadata.PackageNotFoundError:
-            yield f"{package} is missing: pip install {package}"
-    devices = ["cpu"]
-    devices += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
-    devices += ["mps"] * torch.backends.mps.is_available()
-    yield f"devices: {', '.join(devices)}; {torch.get_num_threads()} threads"
-    yield "scan backends, fastest first:"
-    yield from (f"  {name}: {state}" for name, state in explain_backends().items())
-    for name, path in available_models().items():
-        yield f"model {name}: {path}"
+    yield from environment_lines()

@@ -331,4 +331,4 @@ def check_the_host_can_make_the_model_anew(pack):
 def check_a_model_holds_its_weights_once(pack):
     model, *_ = loaded(pack)
     file = model.model.model_config.unet_config["zigma_file"]
-    assert not file.state_dict and file.vae_state is None and file.text_state is None
+    assert not file.state_dict and not file.vae_state and not file.text_state

@@ -87,7 +87,7 @@ class ZigMaModelDoctor(io.ComfyNode):
 def _facts(model) -> Iterator[str]:
     """What the model is, by its file and by what a graph has made of it."""
     network, file = as_zigma(model), model.model.zigma_file
-    yield from architecture_lines(file.config, file.latent, file.token_orders)
+    yield from architecture_lines(file.config, file.latent, file.token_orders, file.condition)
     yield size_line("in memory", network.state_dict())
     yield f"computed in: {_short(_compute_dtype(model))}"
     yield weights_line(file.metadata)

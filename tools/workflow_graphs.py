@@ -211,31 +211,24 @@ def label_to_image(g: Graph) -> None:
 
 @workflow
 def large_picture(g: Graph) -> None:
-    """Larger than the training, decoded in tiles."""
+    """Wider than the training, decoded in tiles."""
     g.note(
-        "**A large picture.** A ZigMa has no fixed size: orders are made for any grid, and the cost grows "
-        "with the number of patches, not with its square. A picture is drawn at the size of the training, enlarged, "
-        "and drawn again with some noise, which keeps its composition; the decoder works in tiles of 256 pixels, so "
-        "that memory does not grow with the picture.",
+        "**A large picture.** A ZigMa has no fixed size: orders are made for any grid, and the cost grows with the "
+        "number of patches, not with its square. Here a model of 1024 x 1024 draws 1536 x 1024, which suits "
+        "landscapes; the decoder works in tiles of 512 pixels, so that its memory does not grow with the picture.\n\n"
+        "`landscape1024_0210000.pt` (huggingface.co/taohu/zigma) into `models/zigma`, `sd-vae-ft-ema.safetensors` "
+        "(stabilityai/sd-vae-ft-ema) into `models/vae`.",
         0,
     )
-    model = _loaded(g)
-    text = _prompt(g, model, "sunflower")
-    latent = g.add("ZigMaEmptyLatent", 1, model=model[0])
-    small = g.add(
-        "ZigMaSampler", 2, "At the size of the training", model=model[0], positive=text[0], negative=text[1],
-        latent_image=latent[0], seed=0, steps=50,
+    model = _loaded(g, "landscape1024_0210000.pt")
+    vae = g.add("ZigMaVAELoader", 0, vae_name="sd-vae-ft-ema.safetensors")
+    nothing = g.add("ZigMaNoCondition", 1, model=model[0])
+    latent = g.add("ZigMaEmptyLatent", 1, model=model[0], width=1536, height=1024)
+    drawn = g.add(
+        "ZigMaSampler", 2, model=model[0], positive=nothing[0], negative=nothing[0], latent_image=latent[0], seed=0,
+        steps=25, cfg=1.0, solver="heun",
     )  # fmt: skip
-    decoded = g.add("ZigMaVAEDecode", 2, samples=small[0], vae=model[2])
-    enlarged = g.add(
-        "ImageScale", 3, image=decoded[0], upscale_method="lanczos", width=512, height=512, crop="disabled"
-    )  # fmt: skip
-    encoded = g.add("ZigMaVAEEncode", 3, pixels=enlarged[0], vae=model[2])
-    large = g.add(
-        "ZigMaSampler", 4, "Drawn again, 64 times as many pixels", model=model[0], positive=text[0], negative=text[1],
-        latent_image=encoded[0], seed=1, steps=20, denoise=0.25, cfg=1.0,
-    )  # fmt: skip
-    _saved(g, g.add("ZigMaVAEDecode", 5, samples=large[0], vae=model[2], tile_size=256)[0], 6, "large")
+    _saved(g, g.add("ZigMaVAEDecode", 3, samples=drawn[0], vae=vae[0], tile_size=512)[0], 4, "large")
 
 
 @workflow

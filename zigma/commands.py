@@ -81,10 +81,10 @@ def inspect_command(options: argparse.Namespace) -> Iterator[str]:
     parts = {"denoiser": file.state_dict, "text encoder": file.text_state, "autoencoder": file.vae_state}
     yield f"{file.path}: {Path(file.path).stat().st_size / 1e6:.1f} MB"
     yield from (f"  {size_line(name, state)}" for name, state in parts.items())
-    yield from (f"  {line}" for line in architecture_lines(file.config, file.latent, file.token_orders))
+    lines = architecture_lines(file.config, file.latent, file.token_orders, file.condition)
+    yield from (f"  {line}" for line in lines)
     for name, state in parts.items():
         yield from (f"  damaged, in the {name}: {tensor}" for tensor in bad_tensors(state or {}))
-    yield f"  condition: {file.condition.describe(file.config)}"
     yield from (f"  {line}" for line in metadata_lines(file.metadata))
 
 

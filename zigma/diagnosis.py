@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .assets import available_models
 from .checkpoint import LatentFormat
+from .conditions import ConditionFacts
 from .config import ZigMaConfig
 from .selective_scan.dispatch import explain_backends, select_backend
 
@@ -65,14 +66,14 @@ def size_line(name: str, state: Mapping[str, Tensor] | None) -> str:
 
 
 def architecture_lines(
-    config: ZigMaConfig, latent: LatentFormat, token_orders: Sequence[Tensor] | None
+    config: ZigMaConfig, latent: LatentFormat, token_orders: Sequence[Tensor] | None, condition: ConditionFacts
 ) -> Iterator[str]:
     """Sizes, input, condition, token orders, and what the model works on."""
     yield f"width {config.embed_dim}, depth {config.depth}, patch size {config.patch_size}, state {config.d_state}"
     height, width = config.img_dim
     frames = f"{config.video_frames} frames of " if config.video_frames else ""
     yield f"input: {frames}{config.in_channels} x {height} x {width}, {config.grid[0]} x {config.grid[1]} tokens"
-    yield f"condition: {config.conditioning}" + f", features of width {config.d_context}" * config.has_text
+    yield f"condition: {condition.describe(config)}"
     own = "in the file, one for each layer" if token_orders is not None else config.scan_type
     switches = [name for name in ("legacy_permutation", "corrected_time_order", "share_ssm") if getattr(config, name)]
     yield f"mixer: {config.mixer}; token orders: {own}" + "".join(f", {name}" for name in switches)

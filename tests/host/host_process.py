@@ -78,7 +78,8 @@ def command_line(pack, prompt="red fox", count=1, name=TINY, **settings):
     bundle = pack.checkpoint.load_bundle(pack.file.with_name(name))
     chosen = pack.sampling.SamplingSettings(**{"steps": 10, "solver": "euler", "guidance": 2.0, **settings})
     with torch.inference_mode(False):
-        images = pack.sampling.sample(bundle, [prompt], count=count, seed=3, settings=chosen)
+        prompts = None if prompt is None else [prompt]
+        images = pack.sampling.sample(bundle, prompts, count=count, seed=3, settings=chosen)
     return images.movedim(1, -1) / 2 + 0.5
 
 

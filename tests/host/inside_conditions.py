@@ -202,3 +202,16 @@ def check_the_hosts_clip_gives_the_last_hidden_states(pack):
     tokens = clip.tokenize("a red fox")["l"]
     assert [pair[0] for pair in tokens[0]] == ids[0].tolist()  # padded as for the published features
     close(encode(clip, "a red fox")[0][0], features, 1e-4)
+
+
+def check_no_condition_draws_what_the_command_line_draws_and_refuses_others(pack):
+    node = pack.node("ZigMaNoCondition")
+    model, _, vae = loaded(pack, "unconditional.safetensors")
+    nothing = node.execute(model).result[0]
+    latent = stock.common_ksampler(
+        model, 3, 10, 1.0, "euler", "simple", nothing, nothing, empty(pack, model)
+    )[0]  # fmt: skip
+    picture = stock.VAEDecode().decode(vae, latent)[0]
+    close(picture, command_line(pack, name="unconditional.safetensors", prompt=None, guidance=1.0), 1e-4)
+    refused(lambda: node.execute(loaded(pack)[0]), "ZigMa Text Conditioning in place of this node")
+    refused(lambda: node.execute(loaded(pack, "class.safetensors")[0]), "ZigMa Label Conditioning in place")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from zigma.assets import available_models
 from zigma.autoencoder import TinyAutoencoder
 from zigma.autoencoder_kl import AutoencoderKL
 from zigma.checkpoint import LatentFormat, save_checkpoint
@@ -14,6 +16,8 @@ from zigma.conditions import ConditionFacts
 from zigma.config import ZigMaConfig
 from zigma.model import ZigMa
 from zigma.text import TextEncoderConfig, WordTextEncoder
+
+PUBLISHED = Path(__file__).resolve().parents[1] / "data" / "published_checkpoint.pt"
 
 
 def write_models(base: Path) -> None:
@@ -67,6 +71,7 @@ def write_models(base: Path) -> None:
         save_file(narrow.state_dict(), base / "models" / "vae" / f"{name}.safetensors")
     (folder / "broken.safetensors").write_bytes(b"<html>not found</html>")
     write_clip(base / "clip.safetensors")
+    write_workflow_models(base)
 
 
 def write_clip(path: Path) -> None:
@@ -85,3 +90,29 @@ def write_clip(path: Path) -> None:
     state = {key.removeprefix("text_model."): value for key, value in clip.state_dict().items()}
     state = {f"text_model.{key}": value for key, value in state.items()}
     save_file({**state, "ids": ids, "features": clip(ids).last_hidden_state}, path)
+
+
+def write_workflow_models(base: Path) -> None:
+    """Tiny ones under the names of the files that the shipped workflows ask for, and that are not shipped."""
+    made, own, vaes, loras = (base / "models" / name for name in ("diffusion_models", "zigma", "vae", "loras"))
+    for folder in (own, loras):
+        folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(made / "class_null.safetensors", own / "zigma-classes.safetensors")
+    shutil.copy(made / "video.safetensors", own / "zigma-video.safetensors")
+    shutil.copy(PUBLISHED, own / "landscape1024_0210000.pt")
+    shutil.copy(vaes / "narrow.safetensors", vaes / "sd-vae-ft-ema.safetensors")
+    if available_models():
+        write_lora(available_models()["demo"], loras / "zigma-lora.safetensors")
+
+
+def write_lora(model: Path, path: Path, rank: int = 4, size: float = 0.15) -> None:
+    """Random, for the projections into each mixer; `size` is its norm beside that of the weight."""
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    for key, weight in load_file(model).items():
+        if key.endswith("mixer.in_proj.weight"):
+            down = torch.randn(rank, weight.shape[1], generator=generator)
+            up = torch.randn(weight.shape[0], rank, generator=generator)
+            up *= size * weight.float().norm() / (up @ down).norm()
+            name = f"diffusion_model.{key.removesuffix('.weight')}"
+            tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+    save_file(tensors, path)

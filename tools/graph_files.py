@@ -28,7 +28,6 @@ class Node:
     title: str
     inputs: dict
     column: int
-    height: int | None = None
 
     def __getitem__(self, slot: int) -> list:
         return [str(self.number), slot]
@@ -42,9 +41,9 @@ class Graph:
     nodes: list[Node] = field(default_factory=list)
     notes: list[tuple[str, str, int]] = field(default_factory=list)
 
-    def add(self, kind: str, column: int, title: str = "", height: int | None = None, **inputs) -> Node:
+    def add(self, kind: str, column: int, title: str = "", /, **inputs) -> Node:
         """A node of class `kind`; an input is a value, or what another node's `[slot]` gives."""
-        node = Node(len(self.nodes) + 1, kind, title, inputs, column, height)
+        node = Node(len(self.nodes) + 1, kind, title, inputs, column)
         self.nodes.append(node)
         return node
 
@@ -110,7 +109,7 @@ class Graph:
                     height += 300
         slots = zip(facts["output"], facts["output_name"], strict=True)
         outputs = [{"name": n, "type": t, "slot_index": i, "links": []} for i, (t, n) in enumerate(slots)]
-        height = node.height or max(HEIGHTS.get(node.kind, 0), height, 60 + 26 * len(outputs))
+        height = max(HEIGHTS.get(node.kind, 0), height, 60 + 26 * len(outputs))
         return {
             "id": node.number, "type": node.kind, "pos": _place(below, node.column, height),
             "size": [COLUMN - 40, height], "flags": {}, "order": node.number - 1, "mode": 0, "inputs": inputs,

@@ -261,7 +261,7 @@ def lora(g: Graph) -> None:
         0,
     )
     model = _loaded(g)
-    changed = g.add("ZigMaLoraLoader", 1, model=model[0], lora_name="zigma-lora.safetensors", strength=1.0)
+    changed = g.add("ZigMaLoraLoader", 1, model=model[0], lora_name="zigma-lora.safetensors", strength_model=1.0)
     text = _prompt(g, model, "red apple")
     latent = g.add("ZigMaEmptyLatent", 1, model=model[0])
     decoded = []

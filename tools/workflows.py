@@ -17,12 +17,14 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests/host"))  # for tiny_models.py, which writes the files that are not shipped
 
+from compare_pictures import PICTURES, reduced  # noqa: E402
 from graph_files import Graph  # noqa: E402
 from host import find_hosts, make_base, running  # noqa: E402
 from workflow_graphs import WORKFLOWS  # noqa: E402
 
-PICTURES = ROOT / "tests/data/workflows"
 THUMBNAIL = 400  # pixels
+# Their models are files that a user brings: a picture of the tests' tiny ones would say nothing.
+NOT_SHIPPED = {"label_to_image": 0, "large_picture": 1, "lora": 2, "released_models": 5, "video": 6}
 
 
 def main(names: list[str]) -> None:
@@ -60,7 +62,11 @@ def _keep(name: str, pictures: list[bytes]) -> None:
     if getattr(first, "n_frames", 1) > 1:
         (PICTURES / f"{name}.webp").write_bytes(pictures[0])
     else:
-        first.convert("RGB").save(PICTURES / f"{name}.png", optimize=True)  # without the graph that a host writes in
+        # Without the graph that a host writes in.
+        reduced(first.convert("RGB")).save(PICTURES / f"{name}.png", optimize=True)
+    if name in NOT_SHIPPED:
+        _card(name).save(ROOT / f"workflows/{name}.jpg", quality=90)
+        return
     shown = [Image.open(io.BytesIO(data)).convert("RGB") for data in pictures[:4]]
     columns = 2 if len(shown) > 1 else 1
     width, height = shown[0].size
@@ -71,6 +77,16 @@ def _keep(name: str, pictures: list[bytes]) -> None:
     factor = THUMBNAIL / max(sheet.size)
     sheet = sheet.resize((round(sheet.width * factor), round(sheet.height * factor)), Image.Resampling.LANCZOS)
     sheet.save(ROOT / f"workflows/{name}.jpg", quality=88)
+
+
+def _card(name: str) -> Image.Image:
+    """The path of a zigzag under the workflow's name, as a thumbnail."""
+    from zigma.order_drawing import draw_order
+    from zigma.scan_orders import scan_order
+    from zigma.sheet import labelled_sheet
+
+    path = draw_order(scan_order("zigzag", NOT_SHIPPED[name], height=8, width=8), 8, 8, size=THUMBNAIL - 60)
+    return labelled_sheet([path], [name.replace("_", " ")], text_size=22)
 
 
 if __name__ == "__main__":

@@ -9,15 +9,26 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from zigma.assets import available_models
-from zigma.autoencoder import TinyAutoencoder
+from zigma.autoencoder import TinyAutoencoder, autoencoder_from_state_dict
 from zigma.autoencoder_kl import AutoencoderKL
-from zigma.checkpoint import LatentFormat, save_checkpoint
+from zigma.checkpoint import LatentFormat, read_checkpoint, save_checkpoint
 from zigma.conditions import ConditionFacts
 from zigma.config import ZigMaConfig
 from zigma.model import ZigMa
 from zigma.text import TextEncoderConfig, WordTextEncoder
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "data" / "published_checkpoint.pt"
+
+
+def random_model(**fields) -> ZigMa:
+    """Of random weights throughout: at its initial zeros a model would not look at its condition."""
+    torch.manual_seed(0)
+    model = ZigMa(ZigMaConfig(**fields))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(torch.randn(parameter.shape) / parameter[0].numel() ** 0.5)
+    return model
 
 
 def write_models(base: Path) -> None:
@@ -30,13 +41,7 @@ def write_models(base: Path) -> None:
     fields = {"embed_dim": 32, "depth": 2, "patch_size": 2, "use_pe": 2, "has_text": True, "d_context": 16}
 
     def model(**more) -> ZigMa:
-        torch.manual_seed(0)
-        model = ZigMa(ZigMaConfig(**{**fields, **more}))
-        with torch.no_grad():
-            for parameter in model.parameters():  # at its initial zeros a model would not look at its condition
-                if parameter.dim() > 1:
-                    parameter.copy_(torch.randn(parameter.shape) / parameter[0].numel() ** 0.5)
-        return model
+        return random_model(**{**fields, **more})
 
     latent = LatentFormat(4, scale=(0.5, 1.0, 2.0, 1.5), shift=(0.1, 0.0, -0.2, 0.3),
                           rgb_factors=[[0.1, 0.2, 0.3]] * 4, rgb_bias=(0.0, 0.1, 0.2))  # fmt: skip
@@ -94,15 +99,28 @@ def write_clip(path: Path) -> None:
 
 def write_workflow_models(base: Path) -> None:
     """Tiny ones under the names of the files that the shipped workflows ask for, and that are not shipped."""
-    made, own, vaes, loras = (base / "models" / name for name in ("diffusion_models", "zigma", "vae", "loras"))
+    own, vaes, loras = (base / "models" / name for name in ("zigma", "vae", "loras"))
     for folder in (own, loras):
         folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(made / "class_null.safetensors", own / "zigma-classes.safetensors")
-    shutil.copy(made / "video.safetensors", own / "zigma-video.safetensors")
     shutil.copy(PUBLISHED, own / "landscape1024_0210000.pt")
-    shutil.copy(vaes / "narrow.safetensors", vaes / "sd-vae-ft-ema.safetensors")
+    torch.manual_seed(0)
+    save_file(AutoencoderKL((32, 32, 32, 32), 1, 4).state_dict(), vaes / "sd-vae-ft-ema.safetensors")
     if available_models():
+        write_examples(own)
         write_lora(available_models()["demo"], loras / "zigma-lora.safetensors")
+
+
+def write_examples(folder: Path) -> None:
+    """A class model and a video model that know nothing, on the demo's latents: what they draw has colours."""
+    demo = read_checkpoint(available_models()["demo"])
+    parts = {"autoencoder": autoencoder_from_state_dict(demo.vae_state), "latent": demo.latent}
+    fields = {"in_channels": 8, "embed_dim": 32, "depth": 2, "img_dim": (8, 8), "use_pe": 2}
+    facts = ConditionFacts(null=4, label_names=("fox", "owl", "tench, Tinca tinca", "red panda", "nothing"))
+    classes = random_model(**fields, num_classes=5)
+    save_checkpoint(classes, folder / "zigma-classes.safetensors", **parts, condition=facts)
+    text = WordTextEncoder(TextEncoderConfig(("red", "green", "apple", "fox"), length=6, width=16))
+    video = random_model(**fields, scan_type="video_sst", video_frames=4, tpe=True, has_text=True, d_context=16)
+    save_checkpoint(video, folder / "zigma-video.safetensors", **parts, text_encoder=text)
 
 
 def write_lora(model: Path, path: Path, rank: int = 4, size: float = 0.15) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,15 @@ def test_every_node_input_and_output_has_a_tooltip(schemas):
         assert schema.description, name
         missing = [slot.id or slot.io_type for slot in [*schema.inputs, *schema.outputs] if not slot.tooltip]
         assert not missing, f"{name}: no tooltip for {missing}"
+
+
+def test_the_node_of_the_development_guide_is_one():
+    text = (CURRENT.parents[3] / "docs/development.md").read_text(encoding="utf-8")
+    code = re.search(r"```py\n(.*?)```", text, re.DOTALL).group(1)
+    with nodes_of_the_pack() as nodes:
+        package = nodes[0].__module__.rpartition(".")[0]
+        names = {"__name__": f"{package}.upside_down", "__package__": package}
+        exec(compile(code, "upside_down.py", "exec"), names)
+        schema = names["ZigMaUpsideDown"].define_schema()
+    assert contract_of(schema)["inputs"] == [{"id": "images", "type": "IMAGE", "optional": False}]
+    assert schema.category == "ZigMa" and all(slot.tooltip for slot in [*schema.inputs, *schema.outputs])

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 __all__ = ["Graph", "Node"]
 
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+SEEDS = ("seed", "noise_seed")  # a canvas gives inputs of these names a control, whether or not they ask for one
 COLUMN, TOP, GAP = 360, 60, 50  # canvas pixels
 HEIGHTS = {"SaveImage": 420, "PreviewImage": 420, "SaveAnimatedWEBP": 460, "PreviewAny": 300}
 NOTE_COLOURS = {"color": "#432", "bgcolor": "#653"}
@@ -101,7 +102,7 @@ class Graph:
                 inputs[-1]["widget"] = {"name": name}
                 value = stated[name]
                 values.append(_default(kind, options) if isinstance(value, list) else value)
-                if options.get("control_after_generate"):
+                if options.get("control_after_generate") or name in SEEDS:
                     values.append("fixed")
                     height += 26
                 if options.get("image_upload"):

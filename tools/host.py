@@ -88,7 +88,7 @@ class Host:
             raise HostError(_complaint(json.loads(error.read() or b"{}"))) from error
 
     def run(self, workflow: dict, seconds: float = 600) -> dict[str, bytes]:
-        """Run a workflow in API format; file name -> PNG of every picture it saved.
+        """Run a workflow in API format; file name -> PNG of every picture, saved ones before previews.
 
         Raises:
             HostError: the host refused it, or a node failed; with the node's own message.
@@ -109,11 +109,11 @@ class Host:
             if kind == "execution_error":
                 raise HostError(f"{facts['node_type']}: {facts['exception_message'].strip()}")
         pictures = {}
-        for output in history["outputs"].values():
-            for image in output.get("images", []):
-                query = urllib.parse.urlencode(image)
-                with urllib.request.urlopen(f"{self.url}/view?{query}", timeout=60) as answer:
-                    pictures[image["filename"]] = answer.read()
+        shown = [image for output in history["outputs"].values() for image in output.get("images", [])]
+        for image in sorted(shown, key=lambda image: image["type"] != "output"):  # hosts run a graph's ends in any order
+            query = urllib.parse.urlencode(image)
+            with urllib.request.urlopen(f"{self.url}/view?{query}", timeout=60) as answer:
+                pictures[image["filename"]] = answer.read()
         return pictures
 
 

@@ -110,7 +110,8 @@ class Host:
                 raise HostError(f"{facts['node_type']}: {facts['exception_message'].strip()}")
         pictures = {}
         shown = [image for output in history["outputs"].values() for image in output.get("images", [])]
-        for image in sorted(shown, key=lambda image: image["type"] != "output"):  # hosts run a graph's ends in any order
+        # A host runs the ends of a graph in any order.
+        for image in sorted(shown, key=lambda image: image["type"] != "output"):
             query = urllib.parse.urlencode(image)
             with urllib.request.urlopen(f"{self.url}/view?{query}", timeout=60) as answer:
                 pictures[image["filename"]] = answer.read()

@@ -8,6 +8,8 @@ import pkgutil
 
 from comfy_api.latest import ComfyExtension, io
 
+from .load import register_folder
+
 __all__ = ["NODES", "ZigMaExtension"]
 
 
@@ -31,5 +33,6 @@ class ZigMaExtension(ComfyExtension):
     """What the host asks for the nodes."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        """The classes of all nodes."""
+        """The classes of all nodes; their lists of files may be asked for from now on."""
+        register_folder()
         return NODES

@@ -29,11 +29,9 @@ from ..zigma.host_files import host_description
 from ..zigma.model import Condition, ZigMa
 from .comfy_conditions import LABELS, NO_NULL, check_channels, check_latent, model_conditions
 from .comfy_patches import patch_loose_parameters
-from .layer_orders import SCAN_ORDERS, LayerOrder, make_order
+from .layer_orders import SCAN_ORDERS, LayerOrder, make_order, schedule_of
 
-__all__ = [
-    "SCAN_ORDERS", "WEIGHT_DTYPES", "LayerOrder", "as_zigma", "build_model", "current_orders", "facts_of", "make_order",
-]  # fmt: skip
+__all__ = ["WEIGHT_DTYPES", "as_zigma", "build_model", "current_orders", "facts_of"]
 
 log = logging.getLogger(__name__)
 
@@ -75,11 +73,11 @@ class HostZigMa(ZigMa):
         """
         if NO_NULL in conditions:
             self._without_null(conditions[NO_NULL])
-        schedule = (transformer_options or {}).get(SCAN_ORDERS)
-        orders = None if schedule is None else self._scheduled(schedule, x)
         t = (1 - timestep.float()).expand(len(x))
         video = self.config.video_frames > 0
         x = x.transpose(1, 2) if video else x
+        schedule = (transformer_options or {}).get(SCAN_ORDERS)
+        orders = None if schedule is None else self._scheduled(schedule, x)
         y = self._condition(x, t, context) if self.config.has_text else conditions.get(LABELS)
         v = super().forward(x, t, y, token_orders=orders)
         return -(v.transpose(1, 2) if video else v)
@@ -120,11 +118,10 @@ class HostZigMa(ZigMa):
         return condition
 
     def _scheduled(self, schedule: tuple[LayerOrder | None, ...], x: Tensor) -> list[Tensor]:
-        """The orders of a graph's schedule for the grid of x; layers that it leaves alone keep the model's own."""
+        """The orders of a graph's schedule for x, in the network's layout; layers left alone keep the model's own."""
         p = self.config.patch_size
         grid = (x.shape[-2] // p, x.shape[-1] // p)
-        # Whichever of the two axes before the sides a host has the frames of a video in.
-        frames = x[0, ..., 0, 0].numel() // self.config.in_channels if self.config.video_frames else 0
+        frames = x.shape[1] if self.config.video_frames else 0
         key = (schedule, grid, frames, x.device)
         if key not in self._overridden:
             with torch.inference_mode(False):  # as ordinary tensors the network prepares them once, not in every step
@@ -195,15 +192,15 @@ class HostModel(comfy.model_base.BaseModel):
 
     def __init__(self, config: HostConfig, device=None) -> None:
         super().__init__(config, model_type=comfy.model_base.ModelType.FLOW, device=device, unet_model=HostZigMa)
-        file = self.zigma_file = config.unet_config["zigma_file"]  # without its tensors
-        self.zigma_config, self.zigma_facts = file.config, file.condition
+        self.zigma_file: CheckpointFile = config.unet_config["zigma_file"]  # without its tensors
 
     def extra_conds(self, **given) -> dict:
         """What forward gets of a condition; the last look at the inputs of a run, and the first at its latent."""
-        check_latent(self.zigma_config, self.latent_format.zigma.downscale, given["noise"])
+        file = self.zigma_file
+        check_latent(file.config, file.latent.downscale, given["noise"])
         others = super().extra_conds(**given)
         others.pop("c_crossattn", None)
-        return {**others, **model_conditions(self.zigma_config, self.zigma_facts, given)}
+        return {**others, **model_conditions(file.config, file.condition, given)}
 
     def apply_model(self, x: Tensor, t: Tensor, *arguments, **keywords) -> Tensor:
         """One evaluation. Whatever sampler asks for it, Stop stops before the next: a host asks once in a step."""
@@ -293,14 +290,12 @@ def as_zigma(model) -> HostZigMa:
 def facts_of(model) -> ConditionFacts:
     """What the file of a host MODEL says of its conditions; ValueError as `as_zigma`."""
     as_zigma(model)
-    return model.model.zigma_facts
+    return model.model.zigma_file.condition
 
 
 def current_orders(model) -> list[Tensor]:
     """The orders that the layers of a host MODEL read in, on the grid it was trained on; those of a graph included."""
     network = as_zigma(model)
-    config, schedule = network.config, model.model_options.get("transformer_options", {}).get(SCAN_ORDERS)
-    if schedule is None:
-        return network.layer_orders(*config.grid, config.video_frames)
+    config, schedule = network.config, tuple(schedule_of(model, network.config.depth))
     frames = [config.video_frames] if config.video_frames else []
     return network._scheduled(schedule, torch.empty(1, *frames, config.in_channels, *config.img_dim))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io
 
-from ..zigma.sheet import enlarge, to_pictures
+from ..zigma.sheet import enlarge
+from .pictures import as_image, as_pictures
 from .schema import schema
 from .vae import missing_vae
 
@@ -78,9 +79,4 @@ def decoded(vae, latent: torch.Tensor, tile_size: int) -> torch.Tensor:
 
 def enlarged(images: torch.Tensor, factor: int) -> torch.Tensor:
     """IMAGE (b, h, w, 3) in [0, 1] -> (b, factor h, factor w, 3)."""
-    large = []
-    for picture in to_pictures(images[..., :3].movedim(-1, 1) * 2 - 1):
-        picture = enlarge(picture, factor)
-        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-        large.append(pixels.view(picture.height, picture.width, 3).float() / 255)
-    return torch.stack(large).to(images)
+    return torch.cat([as_image(enlarge(picture, factor)) for picture in as_pictures(images)]).to(images)

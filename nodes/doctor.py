@@ -21,8 +21,9 @@ from ..zigma.diagnosis import (
     weights_line,
 )
 from ..zigma.model import ZigMa
-from .comfy_model import SCAN_ORDERS, as_zigma
+from .comfy_model import as_zigma
 from .comfy_patches import misfits
+from .layer_orders import grid_of, schedule_of
 from .schema import schema
 from .shown_text import shown
 
@@ -69,8 +70,8 @@ class ZigMaModelDoctor(io.ComfyNode):
     @classmethod
     def execute(cls, model, steps: int, cfg: float, width: int, height: int, clip=None, vae=None) -> io.NodeOutput:
         """What is wrong first, then all facts."""
-        as_zigma(model)
-        sides = _sides(model, height, width)
+        network = as_zigma(model)
+        sides = tuple(network.config.patch_size * side for side in grid_of(model, network, width, height))
         comfy.model_management.load_models_gpu([model])
         problems = list(_problems(model, clip, vae))
         speed = list(_timing(model, sides, steps, cfg, problems))
@@ -106,19 +107,6 @@ def _compute_dtype(model) -> torch.dtype:
     return model.get_model_object("manual_cast_dtype") or model.model.get_dtype()
 
 
-def _sides(model, height: int, width: int) -> tuple[int, int]:
-    """Of the latent."""
-    config, downscale = as_zigma(model).config, model.model.zigma_file.latent.downscale
-    unit = downscale * config.patch_size
-    for name, pixels in (("width", width), ("height", height)):
-        if pixels % unit:
-            raise ValueError(
-                f"try the {name} {max(1, round(pixels / unit)) * unit}: got {pixels}, expected a multiple of {unit} "
-                "pixels (one token of this model)"
-            )
-    return height // downscale or config.img_dim[0], width // downscale or config.img_dim[1]
-
-
 def _problems(model, clip, vae) -> Iterator[str]:
     """What keeps the model from drawing well, each with what to do."""
     config, latent = as_zigma(model).config, model.model.zigma_file.latent
@@ -150,10 +138,10 @@ def _misfits(model) -> list[str]:
 
 
 def _orders(model) -> str:
-    schedule = model.model_options.get("transformer_options", {}).get(SCAN_ORDERS)
-    if schedule is None:
-        return "orders in use: as trained"
+    schedule = schedule_of(model, as_zigma(model).config.depth)
     changed = [f"layer {i}: {entry[0]} {entry[1]}" for i, entry in enumerate(schedule) if entry is not None]
+    if not changed:
+        return "orders in use: as trained"
     names = ", ".join(changed[:8]) + ", ..." * (len(changed) > 8)
     return f"orders in use: as trained but for {len(changed)} of {len(schedule)} layers ({names})"
 

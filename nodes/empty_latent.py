@@ -7,6 +7,7 @@ import torch
 from comfy_api.latest import io
 
 from .comfy_model import as_zigma
+from .layer_orders import grid_of
 from .schema import schema
 
 
@@ -41,23 +42,14 @@ class ZigMaEmptyLatent(io.ComfyNode):
     @classmethod
     def execute(cls, model, width: int, height: int, batch_size: int, frames: int = 0) -> io.NodeOutput:
         """Zeros; the sampler fills in the noise."""
-        config = as_zigma(model).config
-        downscale = model.get_model_object("latent_format").zigma.downscale
-        sides = []
-        for name, pixels, own in (("height", height, config.img_dim[0]), ("width", width, config.img_dim[1])):
-            unit = downscale * config.patch_size
-            if pixels % unit:
-                nearest = max(1, round(pixels / unit)) * unit
-                raise ValueError(
-                    f"got the {name} {pixels}, expected a multiple of {unit} pixels (one token of this model): try "
-                    f"{nearest}"
-                )
-            sides.append(pixels // downscale or own)
+        network = as_zigma(model)
+        config, grid = network.config, grid_of(model, network, width, height)
+        sides = [config.patch_size * side for side in grid]
         latent = torch.zeros(
             [batch_size, config.in_channels, *cls.frames_of(config, frames), *sides],
             device=comfy.model_management.intermediate_device(),
         )
-        return io.NodeOutput({"samples": latent, "downscale_ratio_spacial": downscale})
+        return io.NodeOutput({"samples": latent, "downscale_ratio_spacial": model.model.zigma_file.latent.downscale})
 
     @staticmethod
     def frames_of(config, frames: int) -> list[int]:

@@ -36,7 +36,6 @@ def model_files() -> dict[str, Path]:
     Of files that share a name the first in FOLDERS keeps it, others are "name [folder]". A file that is in several
     folders of the host is listed once.
     """
-    register_folder()
     found: dict[str, tuple[str, Path]] = {}
     known = set()
     for folder in FOLDERS:

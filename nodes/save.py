@@ -15,9 +15,10 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..zigma.autoencoder import autoencoder_from_state_dict
-from ..zigma.host_files import write_checkpoint
-from .comfy_model import SCAN_ORDERS, as_zigma, current_orders
+from ..zigma.model_file import write_checkpoint
+from .comfy_model import as_zigma, current_orders
 from .comfy_text import text_config_of
+from .layer_orders import schedule_of
 from .schema import schema
 from .shown_text import shown
 
@@ -74,10 +75,10 @@ class ZigMaSaveModel(io.ComfyNode):
         as_zigma(model)
         _check_patches(model)
         file = model.model.zigma_file
-        orders = model.model_options.get("transformer_options", {}).get(SCAN_ORDERS)
-        if bake_scan_orders and orders is not None:
+        changed = any(schedule_of(model, file.config.depth))
+        if bake_scan_orders and changed:
             file = dataclasses.replace(file, token_orders=current_orders(model))
-        elif orders is not None:
+        elif changed:
             log.warning("the orders of ZigMa Scan Order nodes are not in the file: switch bake_scan_orders on for that")
         file = dataclasses.replace(
             file, state_dict=_weights(model, "diffusion_model"),

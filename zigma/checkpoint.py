@@ -25,15 +25,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .atomic_file import write_safetensors
 from .autoencoder import Autoencoder, autoencoder_from_state_dict
 from .conditions import ConditionFacts
 from .config import ZigMaConfig
 from .foreign_files import ForeignFile, ForeignFileError, recognise, recognise_bytes
-from .host_files import DESCRIPTION, from_host_layout, order_tensors
+from .host_files import DESCRIPTION, from_host_layout
 from .latent_format import LatentFormat
 from .mixer import FLOAT32_PARAMETERS, at_least_float32
 from .model import ZigMa
+from .model_file import ORDERS_PREFIX, TEXT_PREFIX, VAE_PREFIX, write_checkpoint
 from .published import SD_LATENT_SCALE, UntoldError, derive_config, read_torch_checkpoint, strip_prefixes
 from .text import TextEncoderConfig, WordTextEncoder
 
@@ -49,7 +49,6 @@ __all__ = [
 ]
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
-TEXT_PREFIX, VAE_PREFIX, ORDERS_PREFIX = "text_encoder.", "vae.", "token_orders."
 # Written by `save_checkpoint` from the objects themselves; a caller's metadata may not contradict them.
 RESERVED = ("zigma.config", "zigma.latent", "zigma.condition", "zigma.text_encoder", "zigma.token_orders")
 
@@ -267,22 +266,15 @@ def save_checkpoint(
             f"got the metadata {', '.join(wrong)}, expected strings under other names than {', '.join(RESERVED)}"
         )
     latent = latent or LatentFormat(channels=model.config.in_channels)
-    tensors = dict(model.state_dict())
-    given["zigma.config"] = model.config.to_json()
-    given["zigma.latent"] = json.dumps(dataclasses.asdict(latent))
     if condition is not None:
         condition.check(model.config)
         given["zigma.condition"] = condition.to_json()
-    if text_encoder is not None:
-        tensors |= {TEXT_PREFIX + key: value for key, value in text_encoder.state_dict().items()}
-        given["zigma.text_encoder"] = text_encoder.config.to_json()
-    if autoencoder is not None:
-        tensors |= {VAE_PREFIX + key: value for key, value in autoencoder.state_dict().items()}
-    dtypes = {key: dtype if dtype and value.is_floating_point() else value.dtype for key, value in tensors.items()}
-    if model.token_orders is not None:
-        orders, given["zigma.token_orders"] = order_tensors(model.token_orders)
-        tensors |= orders
-    write_safetensors(tensors, path, given, dtypes)
+    text_state, vae_state = (None if part is None else part.state_dict() for part in (text_encoder, autoencoder))
+    file = CheckpointFile(
+        path, model.config, model.state_dict(), text_state, None if text_encoder is None else text_encoder.config,
+        vae_state, latent, model.token_orders, metadata={},
+    )  # fmt: skip
+    write_checkpoint(file, path, dtype, given, kept=())
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from .assets import available_models
-from .checkpoint import LatentFormat
 from .conditions import ConditionFacts
 from .config import ZigMaConfig
+from .latent_format import LatentFormat
 from .selective_scan.dispatch import explain_backends, select_backend
 
 __all__ = [

@@ -9,7 +9,9 @@ import torch
 
 from .scan_orders import continuity, count_jumps, inverse_order
 
-__all__ = ["LayerPath", "join_numbers", "longest_step", "neighbour_distance", "order_table", "same_steps"]
+__all__ = [
+    "LayerPath", "format_table", "join_numbers", "longest_step", "neighbour_distance", "order_table", "same_steps",
+]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

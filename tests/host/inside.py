@@ -169,7 +169,7 @@ def check_two_scan_order_nodes_make_one_schedule(pack):
     node = pack.node("ZigMaScanOrder")
     first = node.execute(model, "sweep", "3", "0", 0).result[0]
     second = node.execute(first, "random", "5", "1", 7).result[0]
-    key = pack.part("nodes.comfy_model").SCAN_ORDERS
+    key = pack.part("nodes.layer_orders").SCAN_ORDERS
     assert second.model_options["transformer_options"][key] == (("sweep", 3, 0), ("random", 5, 7))
     assert first.model_options["transformer_options"][key] == (("sweep", 3, 0), None)
 

@@ -17,7 +17,7 @@ def order_of(pack, kind, index, height=HEIGHT, width=WIDTH):
 
 
 def schedule_in(pack, model):
-    return model.model_options["transformer_options"][pack.part("nodes.comfy_model").SCAN_ORDERS]
+    return model.model_options["transformer_options"][pack.part("nodes.layer_orders").SCAN_ORDERS]
 
 
 def scan_order(pack, model, order="zigzag", variants="0-7", layers="all", seed=0, **more):
@@ -163,9 +163,13 @@ def check_of_a_video_model_spatial_layers_alone_change(pack):
     assert drawing.shape[0] == 1 and report.splitlines()[-1].split()[:3] == ["1", "time", "forwards"]
     refused(lambda: scan_order(pack, model, "hilbert", "0", "0-1"), "leave the layers 1 out", "through time")
     refused(lambda: scan_order(pack, model, schedule="1: sweep"), "line 1 of the schedule", "leave the layers 1 out")
-    for shape in ((2, 4, 3, 4, 6), (2, 3, 4, 4, 6)):  # whichever axis holds the frames
-        space, time = network._scheduled(schedule_in(pack, changed), torch.zeros(shape))
-        assert torch.equal(space, order_of(pack, "hilbert", 0)) and torch.equal(time, torch.arange(3))
+    x, sigma, context = torch.randn(2, 4, 3, 4, 6), torch.tensor([0.3, 0.8]), torch.randn(2, 6, 16)  # (b, c, f, h, w)
+    orders = [order_of(pack, "hilbert", 0), torch.arange(3)]
+    space, time = network._scheduled(schedule_in(pack, changed), x.transpose(1, 2))
+    assert torch.equal(space, orders[0]) and torch.equal(time, orders[1])
+    got = network(x, sigma, context, transformer_options=changed.model_options["transformer_options"])
+    plain = type(network).__mro__[1].forward(network, x.transpose(1, 2), 1 - sigma, context, token_orders=orders)
+    assert torch.equal(got, -plain.transpose(1, 2))
     network.schedule = pack.part("zigma.scan_orders").LayerSchedule("v2", 2, video=True)
     refused(lambda: scan_order(pack, model, "hilbert", "0"), "read all frames at once")
 

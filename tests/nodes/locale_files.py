@@ -63,10 +63,28 @@ def fingerprint(text: str) -> str:
 
 def compare(language: str, english: dict) -> tuple[list[str], list[str]]:
     """(keys without a translation, keys translated from another English than today's)."""
-    here = dict(flat(read(language)))
-    sources = json.loads(SOURCES.read_text(encoding="utf-8")) if SOURCES.is_file() else {}
-    there = dict(flat(english))
-    known = sources.get(language, {})
+    here, there = dict(flat(read(language))), dict(flat(english))
+    known = _sources().get(language, {})
     missing = [key for key in there if key not in here]
     stale = [key for key in there if key in here and known.get(key) != fingerprint(there[key])]
     return missing, stale
+
+
+def mark_translated(language: str, english: dict) -> None:
+    """Remember that every text of a language says what today's English says; texts of nothing that there is go."""
+    there, tidy = dict(flat(english)), _like(read(language), english)
+    sources = _sources()
+    sources[language] = {key: fingerprint(there[key]) for key, _ in flat(tidy)}
+    write(language, tidy)
+    SOURCES.write_text(json.dumps(sources, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _sources() -> dict[str, dict[str, str]]:
+    return json.loads(SOURCES.read_text(encoding="utf-8")) if SOURCES.is_file() else {}
+
+
+def _like(texts: Mapping, english: Mapping) -> dict:
+    """Those texts that English has, in its order."""
+    kept = {key: _like(texts[key], value) if isinstance(value, Mapping) else texts[key]
+            for key, value in english.items() if key in texts}  # fmt: skip
+    return {key: value for key, value in kept.items() if value != {}}

@@ -163,6 +163,7 @@ def check_of_a_video_model_spatial_layers_alone_change(pack):
     assert drawing.shape[0] == 1 and report.splitlines()[-1].split()[:3] == ["1", "time", "forwards"]
     refused(lambda: scan_order(pack, model, "hilbert", "0", "0-1"), "leave the layers 1 out", "through time")
     refused(lambda: scan_order(pack, model, schedule="1: sweep"), "line 1 of the schedule", "leave the layers 1 out")
+    network.eval()  # without stochastic depth
     x, sigma, context = torch.randn(2, 4, 3, 4, 6), torch.tensor([0.3, 0.8]), torch.randn(2, 6, 16)  # (b, c, f, h, w)
     orders = [order_of(pack, "hilbert", 0), torch.arange(3)]
     space, time = network._scheduled(schedule_in(pack, changed), x.transpose(1, 2))

@@ -1,6 +1,7 @@
 /* Choice of the variant of the kernels: the widest that the processor and the operating system run. */
 #include "instruction_sets.h"
 
+#include <stdatomic.h>
 #include <string.h>
 
 #if defined(__x86_64__)
@@ -34,8 +35,24 @@ static const zs_kernels *const variants[] = {&zs_kernels_neon};
 
 #endif
 
+/* Bit i: variants[i] runs here. Asked of the processor once: under a hypervisor every CPUID leaves the guest, which
+ * takes longer than a small scan. Threads that ask at the same time find the same. */
+static unsigned supported(void) {
+    static _Atomic unsigned known;
+    const unsigned asked = 1u << 31;
+    unsigned set = atomic_load_explicit(&known, memory_order_relaxed);
+    if (!set) {
+        set = asked;
+        for (size_t i = 0; i < sizeof variants / sizeof *variants; i++)
+            if (supports(variants[i])) set |= 1u << i;
+        atomic_store_explicit(&known, set, memory_order_relaxed);
+    }
+    return set;
+}
+
 const zs_kernels *find_kernels(const char *name) {
+    const unsigned set = supported();
     for (size_t i = 0; i < sizeof variants / sizeof *variants; i++)
-        if ((!name || !*name || !strcmp(name, variants[i]->name)) && supports(variants[i])) return variants[i];
+        if (set >> i & 1 && (!name || !*name || !strcmp(name, variants[i]->name))) return variants[i];
     return NULL;
 }

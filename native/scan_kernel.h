@@ -70,9 +70,12 @@ static int decays_are_small(const scan_job *job, const float *dt, int64_t size, 
     return vall_below(dt, size, vload(job->dt_limit + channel));
 }
 
+/* exp(t A); small as in compute_decays. */
+INLINE vec decay_of(int small, vec t, vec a) { return small ? vexp2_product(t, a) : vexp2(t * a); }
+
 /* s_k = exp(dt_k A) s_{k-1} + dt_k B_k u_k and y_k += <s_k, C_k>, over one chunk of one vector of channels and
  * BLOCK of its n states. The decays are given if DECAYS_FIRST. */
-INLINE void recur(int64_t n, int64_t steps, const float *A, const float *B, const float *C, const float *dt,
+INLINE void recur(int small, int64_t n, int64_t steps, const float *A, const float *B, const float *C, const float *dt,
                   const float *dtu, const float *decays, float *state, float *y) {
     vec s[BLOCK];
     for (int64_t i = 0; i < BLOCK; i++) s[i] = vload(state + i * LANES);
@@ -80,7 +83,8 @@ INLINE void recur(int64_t n, int64_t steps, const float *A, const float *B, cons
         vec t = vload(dt + k * LANES), x = vload(dtu + k * LANES), sum[2] = {vload(y + k * LANES), vset(0.0f)};
 #pragma GCC unroll 8
         for (int64_t i = 0; i < BLOCK; i++) {
-            vec decay = DECAYS_FIRST ? vload(decays + (k * BLOCK + i) * LANES) : vexp2(t * vload(A + i * LANES));
+            const float *place = decays + (k * BLOCK + i) * LANES;
+            vec decay = DECAYS_FIRST ? vload(place) : decay_of(small, t, vload(A + i * LANES));
             s[i] = vfma(decay, s[i], x * vset(B[k * n + i]));
             sum[i & 1] = vfma(s[i], vset(C[k * n + i]), sum[i & 1]);
         }
@@ -117,11 +121,15 @@ INLINE void forward_vector(int plain, const scan_job *job, const place *p, int64
         vstore(w->dtu + k * LANES, vload(w->dt + k * LANES) * u);
         vstore(w->y + k * LANES, D * u);
     }
-    const int small = DECAYS_FIRST && decays_are_small(job, w->dt, steps * LANES, channel);
+    const int small = decays_are_small(job, w->dt, steps * LANES, channel);
     for (int64_t i = 0; i < n; i += BLOCK) {
         const float *A = job->A_packed + channel * n + i * LANES;
         if (DECAYS_FIRST) compute_decays(steps, small, A, w->dt, w->decays);
-        recur(n, steps, A, B + i, C + i, w->dt, w->dtu, w->decays, state + i * LANES, w->y);
+        /* Each call is compiled for its own kind of exponential; where the decays are given there is one kind. */
+        if (small || DECAYS_FIRST)
+            recur(1, n, steps, A, B + i, C + i, w->dt, w->dtu, w->decays, state + i * LANES, w->y);
+        else
+            recur(0, n, steps, A, B + i, C + i, w->dt, w->dtu, w->decays, state + i * LANES, w->y);
     }
     if (a->z.data) {
         for (int64_t k = 0; k < steps; k++) {
@@ -172,7 +180,7 @@ static void scan_forward(const scan_job *job, int64_t batch, int64_t unit, int64
 /* The recurrence of `recur` again, for BLOCK states, keeping what backward needs of every step:
  *   decays: exp(dt_k A) (given if DECAYS_FIRST),  decayed: exp(dt_k A) s_{k-1},  both [step][BLOCK]
  * and adding dC_k = sum over channels of dy_k s_k to dC. */
-INLINE void recompute(int64_t n, int64_t steps, const float *A, const float *B, const float *C, const float *dt,
+INLINE void recompute(int small, int64_t n, int64_t steps, const float *A, const float *B, const float *C, const float *dt,
                       const float *dtu, const float *dy, const float *state, float *decays, float *decayed,
                       float *y, float *dC) {
     vec s[BLOCK];
@@ -183,7 +191,7 @@ INLINE void recompute(int64_t n, int64_t steps, const float *A, const float *B, 
 #pragma GCC unroll 8
         for (int64_t i = 0; i < BLOCK; i++) {
             float *place = decays + (k * BLOCK + i) * LANES;
-            vec decay = DECAYS_FIRST ? vload(place) : vexp2(t * vload(A + i * LANES));
+            vec decay = DECAYS_FIRST ? vload(place) : decay_of(small, t, vload(A + i * LANES));
             if (!DECAYS_FIRST) vstore(place, decay);
             s[i] = decay * s[i];
             vstore(decayed + (k * BLOCK + i) * LANES, s[i]);
@@ -287,12 +295,16 @@ static void backward_vector(const scan_job *job, const place *p, int64_t channel
     float *dA = job->A_partial + at * n;
     for (int64_t i = 0; i < n; i++) vprefetch(start + (n + i) * LANES); /* the next vector's */
     prepare_steps(job, p, channel, count, w);
-    const int small = DECAYS_FIRST && decays_are_small(job, w->dt, size, channel);
+    const int small = decays_are_small(job, w->dt, size, channel);
     for (int64_t i = 0; i < n; i += BLOCK) {
         const int64_t b = i * LANES;
         if (DECAYS_FIRST) compute_decays(p->steps, small, A + b, w->dt, w->decays);
-        recompute(n, p->steps, A + b, B + i, C + i, w->dt, w->dtu, w->dy, start + b, w->decays, w->decayed, w->y,
-                  dC + i);
+        if (small || DECAYS_FIRST) /* as in forward_vector */
+            recompute(1, n, p->steps, A + b, B + i, C + i, w->dt, w->dtu, w->dy, start + b, w->decays, w->decayed,
+                      w->y, dC + i);
+        else
+            recompute(0, n, p->steps, A + b, B + i, C + i, w->dt, w->dtu, w->dy, start + b, w->decays, w->decayed,
+                      w->y, dC + i);
         recur_backward(n, p->steps, A + b, B + i, C + i, w->dt, w->dtu, w->dy, w->decays, w->decayed, carry + b,
                        dA + b, dB + i, w->gB, w->hA);
     }

@@ -33,10 +33,11 @@ INLINE void vstore_bf16(uint16_t *p, vec x) { /* round to nearest even; a NaN st
     _mm256_storeu_si256((void *)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
 }
 
-/* 2^x: x = f + r with f a multiple of 1/32 and |r| <= 1/64; the fraction of f picks 2^(i/32) from a table in two
+/* 2^(a b): x = a b = f + r with f a multiple of 1/32, |r| <= 1/64; the fraction of f picks 2^(i/32) from a table in two
  * registers, 2^r = 1 + r (c1 + c2 r) (relative error 5.3e-8), and scalef puts in the integer part, saturating to 0 and
- * infinity by itself. Fewer multiplications than the polynomial below, and they are what the kernels wait for. */
-INLINE vec vexp2(vec x) {
+ * infinity by itself. Fewer multiplications than a polynomial alone, and they are what the kernels wait for. The
+ * product is never rounded, so that r of one beyond all bounds is no small number: for those take vexp2(a * b). */
+INLINE vec vexp2_product(vec a, vec b) {
     const vec table[2] = {
         _mm512_setr_ps(1.0f, 1.0218972f, 1.04427373f, 1.06714046f, 1.09050775f, 1.1143868f, 1.13878858f, 1.1637249f,
                        1.18920708f, 1.21524739f, 1.24185777f, 1.26905096f, 1.29683959f, 1.32523668f, 1.35425556f,
@@ -46,13 +47,13 @@ INLINE vec vexp2(vec x) {
                        1.91520655f, 1.95714414f),
     };
     const vec shift = vset(393216.0f); /* 1.5 * 2^18: the sum's last bit is worth 1/32 */
-    vec sum = x + shift, f = sum - shift, r = x - f;
+    vec sum = vfma(a, b, shift), f = sum - shift, r = _mm512_fmsub_ps(a, b, f);
     vec power = _mm512_permutex2var_ps(table[0], _mm512_castps_si512(sum), table[1]);
     vec p = vfma(r, vset(0.240226508f), vset(0.69315733f)) * r;
     return _mm512_scalef_ps(vfma(p, power, power), f);
 }
 
-INLINE vec vexp2_product(vec a, vec b) { return vexp2(a * b); }
+INLINE vec vexp2(vec x) { return vexp2_product(x, vset(1.0f)); }
 
 INLINE int vall_below(const float *p, int64_t count, vec limit) {
     __mmask16 below = 0xffff;

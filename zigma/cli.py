@@ -263,7 +263,7 @@ def _complete(bundle: Bundle, options: argparse.Namespace) -> None:
 def train_command(options: argparse.Namespace) -> None:
     """A training run, resumed if its folder holds one."""
     from .training.data import encode_pictures, read_autoencoder, read_pictures, vocabulary_of
-    from .training.trainer import Trainer
+    from .training.old_trainer import Trainer
 
     logging.getLogger().setLevel(logging.INFO)
     check_device(options.device)

@@ -15,8 +15,8 @@ from zigma.cli import main
 from zigma.sampling import sample
 from zigma.training.data import encode_pictures, read_pictures, vocabulary_of
 from zigma.training.emoji import PackedPictures, write_packed
+from zigma.training.old_trainer import Captions, Trainer
 from zigma.training.recipe import Recipe
-from zigma.training.trainer import Captions, Trainer
 
 TINY = Recipe(
     embed_dim=16, depth=2, text_width=16, text_length=4, steps=8, batch_size=4, warmup=0.1, bf16=False, sample_steps=2,

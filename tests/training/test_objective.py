@@ -1,0 +1,222 @@
+"""Losses, weights, schedules and averages against their formulas."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tiny_run import WORDS, tiny_trainer
+from torch import nn
+
+from zigma.flow import PATHS, flow_loss
+from zigma.training.average import Average
+from zigma.training.batches import BatchOrder
+from zigma.training.captions import Described, Labels, Texts, flipped_caption
+from zigma.training.objective import Objective
+from zigma.training.optimizers import make_optimizer, schedule
+from zigma.training.settings import FlowTable, OptimizerTable, TextTable
+
+
+@pytest.mark.parametrize("path", ["linear", "gvp", "vp"])
+@pytest.mark.parametrize("prediction", ["velocity", "noise", "score"])
+def test_min_snr_weighs_what_is_wrong_about_the_data_the_same_in_every_prediction(path, prediction):
+    """Hang et al. weigh the error of the data; the same error must weigh the same however it is said."""
+    objective = Objective(FlowTable(path=path, prediction=prediction, weighting="min-snr", snr_gamma=2.0))
+    generator = torch.Generator().manual_seed(0)
+    x1, x0 = (torch.randn(64, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    t = torch.linspace(0.05, 0.95, 64, dtype=torch.float64)
+    error = torch.randn(64, 5, generator=generator, dtype=torch.float64)
+    flow = PATHS[path]()
+
+    def predict(x, t):
+        alpha, sigma = flow.alpha(t)[:, None], flow.sigma(t)[:, None]
+        noise = (x - alpha * (x1 + error)) / sigma  # what a model thinks that takes x1 + error for the data
+        if prediction == "noise":
+            return noise
+        return flow.target(noise, x1 + error, t) if prediction == "velocity" else -noise / sigma
+
+    snr = (flow.alpha(t) / flow.sigma(t)) ** 2
+    expected = snr.clamp(max=2.0) * error.square().mean(1)
+    torch.testing.assert_close(objective.losses(predict, x1, x0, t), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_without_a_weight_the_loss_is_the_flows():
+    objective, generator = Objective(FlowTable(path="gvp", prediction="noise")), torch.Generator().manual_seed(0)
+    x1 = torch.randn(3, 2, 4, 4)
+    x0, t = objective.draw(x1, generator)
+    losses = objective.losses(lambda x, t: x * 0.5, x1, x0, t)
+    same = {"path": PATHS["gvp"](), "prediction": "noise", "x0": x0, "t": t, "reduction": "none"}
+    expected = flow_loss(lambda x, t: x * 0.5, x1, **same)
+    assert torch.equal(losses, expected) and losses.shape == (3,)
+
+
+def test_the_validation_loss_is_a_figure_of_the_weights_alone(tmp_path):
+    trainer = tiny_trainer(tmp_path, held_out=2)
+    trainer.resume()
+    first = trainer.validate()
+    state = trainer.generator.get_state()
+    torch.manual_seed(7)
+    assert trainer.validate() == first and torch.equal(trainer.generator.get_state(), state)
+    assert not set(trainer.seen) & set(trainer.examples.held_out) and len(trainer.seen) == 4
+    for _ in range(3):
+        trainer.train_step()
+    assert trainer.validate() != first
+
+
+@pytest.mark.parametrize("name", ["constant", "cosine", "linear"])
+def test_schedules_warm_up_hold_and_fall(name):
+    table = OptimizerTable(schedule=name, warmup=0.1, hold=0.4)
+    assert [schedule(p, table) for p in (0.0, 0.05, 0.1, 0.3)] == pytest.approx([0, 0.5, 1, 1])
+    middle = {"constant": 1.0, "linear": 0.5, "cosine": 0.5 * (1 + math.cos(math.pi / 2))}[name]
+    assert schedule(0.7, table) == pytest.approx(middle)
+    assert schedule(1.0, table) == pytest.approx(1.0 if name == "constant" else 0.0)
+
+
+def test_matrices_are_decayed_and_nothing_else(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    decayed, plain = trainer.optimizer.optimizers[0].param_groups
+    names = {id(p): name for name, p in trainer.learning()}
+    assert decayed["weight_decay"] == 0.02 and plain["weight_decay"] == 0
+    assert all(p.dim() >= 2 for p in decayed["params"])
+    kept = {names[id(p)] for p in plain["params"]}
+    assert {name for name in names.values() if name.endswith(("A_log", ".D", "bias", "pos_embed"))} <= kept
+    assert len(decayed["params"]) + len(plain["params"]) == len(names)
+
+
+def test_an_optimiser_of_another_package_is_asked_for_by_name(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
+    named = [("a.weight", nn.Parameter(torch.ones(2, 2)))]
+    with pytest.raises(ImportError, match="pip install bitsandbytes, or take 'adamw'"):
+        make_optimizer(named, OptimizerTable(name="adamw8bit"))
+    frozen = [("a.weight", nn.Parameter(torch.ones(2), requires_grad=False))]
+    with pytest.raises(ValueError, match="no parameter learns"):
+        make_optimizer(frozen, OptimizerTable())
+
+
+def test_prodigy_learns(tmp_path):
+    pytest.importorskip("prodigyopt")
+    trainer = tiny_trainer(tmp_path, optimizer={"name": "prodigy", "lr": 1.0}, run={"steps": 60})
+    trainer.resume()
+    losses = [trainer.train_step() for _ in range(60)]
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+
+
+def test_the_gradient_is_clipped_before_the_step(tmp_path):
+    """With plain descent a step can be no longer than the rate times the limit."""
+    trainer = tiny_trainer(tmp_path, optimizer={"clip": 1e-3, "warmup": 0.0, "weight_decay": 0.0})
+    trainer.optimizer = type(trainer.optimizer)(torch.optim.SGD([p for _, p in trainer.learning()], lr=1.0))
+    before = [p.detach().clone() for _, p in trainer.learning()]
+    trainer.train_step()
+    moved = sum((p - b).square().sum() for (_, p), b in zip(trainer.learning(), before, strict=True)).sqrt()
+    assert 0.9e-3 < moved < 1.001e-3
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path, accumulate):
+    def one_step(name: str, parts: int):
+        torch.manual_seed(0)
+        trainer = tiny_trainer(tmp_path / name, run={"accumulate": parts}, model={"config": {
+            "embed_dim": 16, "depth": 2, "patch_size": 2}})  # fmt: skip
+        loss = trainer.train_step()
+        return loss, torch.cat([p.grad.flatten() for _, p in trainer.learning()])
+
+    loss, whole = one_step("whole", 1)
+    other, parts = one_step("parts", accumulate)
+    assert other == pytest.approx(loss, rel=1e-5)
+    torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-6)
+
+
+def test_the_average_follows_its_formula():
+    layer = nn.Linear(3, 2)
+    average = Average(layer.named_parameters(), 0.9)
+    expected = layer.weight.detach().clone()
+    for n in range(1, 30):
+        with torch.no_grad():
+            layer.weight.add_(torch.randn(2, 3))
+        average.update()
+        decay = min(0.9, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * layer.weight.detach()
+    own = layer.weight.detach().clone()
+    with average.in_place():
+        torch.testing.assert_close(layer.weight.detach(), expected)
+    assert torch.equal(layer.weight, own)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 9])
+def test_batches_are_of_one_group_and_every_picture_has_its_turn(batch_size):
+    groups = [0, 1, 0, 2, 1, 0, 0]
+    order = BatchOrder(groups, batch_size, seed=3)
+    seen = [0] * len(groups)
+    for _ in range(40):
+        batch = order.next()
+        assert len(batch) == batch_size and len({groups[i] for i in batch}) == 1
+        for index in batch:
+            seen[index] += 1
+        waiting = [i for indices in order.state_dict()["waiting"].values() for i in indices]
+        ahead = [i for ready in order.state_dict()["ready"] for i in ready]
+        for index, count in enumerate(seen):  # what is handed out and what waits make whole epochs
+            assert count + (waiting + ahead).count(index) == order.epoch
+    other = BatchOrder(groups, batch_size, seed=99)
+    other.load_state_dict(order.state_dict())
+    assert [other.next() for _ in range(20)] == [order.next() for _ in range(20)]
+
+
+def test_captions_are_dropped_and_styled_at_their_rates():
+    pictures = [Described(("fox left", "red fox"), style="flat")]
+    table = TextTable(dropout=0.25, style_rate=0.5, trigger="zz")
+    seen: list[str] = []
+    texts = Texts(pictures, table, lambda text: seen.append(text) or torch.tensor([len(seen) - 1]))
+    drawn = texts.draw([0] * 4000, [True] * 4000, torch.Generator().manual_seed(0)).flatten().long()
+    rates = {text: (drawn == i).float().mean().item() for i, text in enumerate(seen)}
+    assert rates.keys() == {"", "zz fox right", "zz red fox", "zz fox right flat", "zz red fox flat"}
+    assert rates[""] == pytest.approx(0.25, abs=0.03)
+    assert all(rate == pytest.approx(0.1875, abs=0.03) for text, rate in rates.items() if text)
+
+
+def test_labels_are_dropped_only_where_there_is_a_null():
+    pictures = [Described(label=1), Described(label=0)]
+    generator = torch.Generator().manual_seed(0)
+    drawn = Labels(pictures, TextTable(dropout=0.5), 7).draw([0, 1] * 500, [False] * 1000, generator)
+    assert set(drawn.tolist()) == {0, 1, 7} and (drawn == 7).float().mean() == pytest.approx(0.5, abs=0.05)
+    kept = Labels(pictures, TextTable(dropout=0.5), None).draw([0, 1], [False] * 2, generator)
+    assert kept.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "flipped"),
+    [
+        ("left", "right"),
+        ("Right LEFT", "Left RIGHT"),
+        ("bright cleft", "bright cleft"),
+        ("a left-hand glove", "a right-hand glove"),
+    ],
+)
+def test_a_mirrored_caption_says_the_other_side(text, flipped):
+    assert flipped_caption(text) == flipped and flipped_caption(flipped) == text
+
+
+def test_losses_that_are_no_numbers_stop_a_run_and_spoil_nothing(tmp_path, caplog):
+    trainer = tiny_trainer(tmp_path, run={"nan_limit": 3, "steps": 50})
+    trainer.resume()
+    trainer.train_step()
+    trainer.save()
+    before = {name: p.detach().clone() for name, p in trainer.learning()}
+    for variants in trainer.examples.latents:
+        for x in variants:
+            x[:] = float("nan")
+    with pytest.raises(RuntimeError, match=rf"nan 3 times in a row at step 3, last with .*({'|'.join(WORDS)})-\d.png"):
+        trainer.run()
+    assert caplog.text.count("this batch changes nothing") == 2
+    for name, parameter in trainer.learning():
+        assert torch.equal(parameter, before[name]), name
+    assert [checkpoint.step for checkpoint in trainer.folder.whole()] == [1]
+
+
+def test_the_loss_falls_and_every_weight_learns(tmp_path):
+    trainer = tiny_trainer(tmp_path, run={"steps": 60})
+    trainer.resume()
+    before = {name: p.detach().clone() for name, p in trainer.learning()}
+    losses = [trainer.train_step() for _ in range(60)]
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    assert [name for name, p in trainer.learning() if torch.equal(p, before[name])] == []

@@ -1,0 +1,62 @@
+"""An exponential moving average of what learns, the weights that samples and finished files come from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Average"]
+
+
+class Average:
+    """average <- d average + (1 - d) weights after each update, d = min(decay, (1 + n) / (10 + n)) after n updates:
+    an early average forgets its random start.
+
+    Args:
+        named: parameters with their names; those that do not learn are left out.
+        decay: 0 keeps no average: the weights themselves count.
+    """
+
+    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], decay: float) -> None:
+        self.decay, self.updates = decay, 0
+        self._parameters = {name: p for name, p in named if p.requires_grad}
+        self._values = {name: p.detach().clone() for name, p in self._parameters.items()} if decay else {}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """After an update of the weights."""
+        if not self.decay:
+            return
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        weights = [self._parameters[name].detach() for name in self._values]
+        torch._foreach_lerp_(list(self._values.values()), weights, 1 - decay)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The network computes with the averages inside; its own weights are back afterwards, bit for bit."""
+        own = {name: self._parameters[name].detach().clone() for name in self._values}
+        try:
+            self._fill(self._values)
+            yield
+        finally:
+            self._fill(own)
+
+    @torch.no_grad()
+    def _fill(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            self._parameters[name].copy_(value)
+
+    def state_dict(self) -> dict:
+        """What `load_state_dict` takes."""
+        return {"updates": self.updates, "values": dict(self._values)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        """Go on where a `state_dict` was taken."""
+        self.updates = state["updates"]
+        for name, value in state["values"].items():
+            self._values[name].copy_(value)

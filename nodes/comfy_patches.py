@@ -70,4 +70,15 @@ def _fits(patch, shape: tuple[int, ...]) -> bool:
     if getattr(patch, "name", None) == "lora" and patch.weights[3] is None:  # no middle factor, as of convolutions
         up, down = patch.weights[0].flatten(1), patch.weights[1].flatten(1)
         return up.shape[0] == shape[0] and down.shape[1] == torch.Size(shape[1:]).numel() and up.shape[1] == len(down)
+    if getattr(patch, "name", None) == "lokr" and patch.weights[7] is None:
+        w1, w2, _, w1_a, w1_b, w2_a, w2_b, *_ = patch.weights
+        (o1, i1), (o2, i2) = _sides(w1, w1_a, w1_b), _sides(w2, w2_a, w2_b)
+        return (o1 * o2, i1 * i2) == (shape[0], torch.Size(shape[1:]).numel())
     return True  # of other kinds the host alone knows what they come to
+
+
+def _sides(whole: Tensor | None, a: Tensor | None, b: Tensor | None) -> tuple[int, int]:
+    """Rows and columns of a factor that is whole, or a product of two itself; 0 if a part of it is missing."""
+    if whole is not None:
+        return whole.flatten(1).shape
+    return (0, 0) if a is None or b is None else (a.shape[0], b.flatten(1).shape[1])

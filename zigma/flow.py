@@ -87,6 +87,10 @@ class Path(ABC):
     def determinant(self, t: Tensor) -> Tensor:
         """D = alpha' sigma - alpha sigma', simplified so that it neither cancels nor divides zero by zero."""
 
+    @abstractmethod
+    def time_of_ratio(self, ratio: Tensor) -> Tensor:
+        """t where alpha / sigma = ratio >= 0 (infinite at t = 1)."""
+
     def safe_alpha(self, t: Tensor) -> Tensor:
         """alpha where it stands in a denominator."""
         return self.alpha(t.clamp(min=self.t_min))
@@ -162,6 +166,9 @@ class LinearPath(Path):
     def determinant(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)
 
+    def time_of_ratio(self, ratio: Tensor) -> Tensor:
+        return 1 - 1 / (1 + ratio)
+
 
 @dataclass(frozen=True)
 class GVPPath(Path):
@@ -181,6 +188,9 @@ class GVPPath(Path):
 
     def determinant(self, t: Tensor) -> Tensor:
         return torch.full_like(t, math.pi / 2)
+
+    def time_of_ratio(self, ratio: Tensor) -> Tensor:
+        return 2 / math.pi * torch.atan(ratio)
 
 
 @dataclass(frozen=True)
@@ -221,6 +231,12 @@ class VPPath(Path):
     def determinant(self, t: Tensor) -> Tensor:
         return self.d_alpha(t) / self.safe_sigma(t)
 
+    def time_of_ratio(self, ratio: Tensor) -> Tensor:
+        """Of log alpha = -1/2 log(1 + 1 / ratio^2), quadratic in 1 - t; 0 for what is noisier than alpha(0)."""
+        minus = 0.5 * torch.log1p(ratio.clamp(min=1e-12) ** -2)
+        a, b = 0.25 * (self.beta_max - self.beta_min), 0.5 * self.beta_min
+        return (1 - (torch.sqrt(b * b + 4 * a * minus) - b) / (2 * a)).clamp(min=0)
+
     def kl_diffusion(self, t: Tensor) -> Tensor:
         return self.d_log_alpha(t)
 
@@ -253,6 +269,30 @@ def as_velocity(model: Velocity, path: Path = LINEAR, prediction: str = "velocit
         "prediction",
     )
     return lambda x, t: convert(model(x, t), x, t)
+
+
+def linear_velocity(model: Velocity, path: Path, prediction: str = "velocity") -> Velocity:
+    """The velocity on the *linear* path of a model that was trained on another, or to predict something else.
+
+    What two paths call x at equal ratios of data and noise differs by a factor alone (Karras et al. 2022, arXiv
+    2206.00364, section 2: scale and noise level). With r = alpha / sigma the linear path stands at t = r / (1 + r), and
+
+        x_path = (alpha + sigma) x_linear,    v_linear = E[x1] - E[x0]
+
+    so one solver, one schedule and one host sampler serve every model. x (b, ...), t (b,) of the linear path.
+    """
+    if isinstance(path, LinearPath) and prediction == "velocity":
+        return model
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        own = path.time_of_ratio(t / (1 - t).clamp(min=torch.finfo(t.dtype).tiny))
+        own = own.clamp(path.t_min, path.t_max) if prediction != "velocity" else own.clamp(*path.velocity_interval)
+        scale = path.alpha(own) + path.sigma(own)
+        x = expand_time(scale, x).to(x.dtype) * x
+        v = as_velocity(model, path, prediction)(x, own)
+        return path.data_from_velocity(v, x, own) - path.noise_from_velocity(v, x, own)
+
+    return velocity
 
 
 def sample_time(

@@ -15,10 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from .checkpoint import Bundle
+from .flow import PATHS, Path, choose, linear_velocity
 from .guidance import classifier_free
 from .solvers import ODE_SOLVERS, solve_ode
 
-__all__ = ["SamplingSettings", "sample"]
+__all__ = ["SamplingSettings", "flow_of", "sample"]
 
 log = logging.getLogger(__name__)
 
@@ -111,11 +112,18 @@ def sample(
         part = slice(start, start + batch_size)
         y = None if condition is None else condition[part]
         velocity = classifier_free(bundle.model, y, null, settings.guidance)
+        velocity = linear_velocity(velocity, *flow_of(bundle.metadata))
         latents = solve_ode(velocity, noise[part], settings.steps, settings.solver, callback=on_step)
         pictures.append(_decode(bundle, latents).float().cpu())
     if progress is not None:
         progress(done, done)
     return torch.cat(pictures)
+
+
+def flow_of(metadata: Mapping[str, str]) -> tuple[Path, str]:
+    """Path and prediction that a file's model was trained with: linear and velocity unless it says otherwise."""
+    stated = json.loads(metadata.get("zigma.flow", "{}"))
+    return choose(PATHS, stated.get("path", "linear"), "flow path")(), stated.get("prediction", "velocity")
 
 
 def initial_noise(bundle: Bundle, count: int, seed: int) -> torch.Tensor:

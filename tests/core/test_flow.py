@@ -18,6 +18,7 @@ from zigma.flow import (
     as_velocity,
     expand_time,
     flow_loss,
+    linear_velocity,
     loss_weight,
     sample_time,
 )
@@ -316,3 +317,30 @@ def test_unknown_names_are_answered_with_the_known_ones(mistake, known):
 def test_a_model_of_the_wrong_shape_is_refused_rather_than_broadcast():
     with pytest.raises(ValueError, match=r"shape \(4, 1\): expected that of the data, \(4, 3\)"):
         flow_loss(lambda x, t: t[:, None], torch.randn(4, 3))
+
+
+@pytest.mark.parametrize("path", [LinearPath(), GVPPath(), VPPath()], ids=lambda path: type(path).__name__)
+@pytest.mark.parametrize("prediction", ["velocity", "noise", "score"])
+def test_every_model_becomes_a_velocity_of_the_linear_path(path, prediction):
+    """Of data N(m, s^2): the exact prediction of any kind and path, turned, is the exact velocity of the linear one."""
+    m, s = 0.7, 0.5
+
+    def exact(path, x, t):
+        alpha, sigma = expand_time(path.alpha(t), x), expand_time(path.sigma(t), x)
+        variance = (alpha * s) ** 2 + sigma**2
+        data = m + alpha * s**2 / variance * (x - alpha * m)
+        noise = sigma / variance * (x - alpha * m)
+        return {
+            "velocity": expand_time(path.d_alpha(t), x) * data + expand_time(path.d_sigma(t), x) * noise,
+            "noise": noise, "score": -(x - alpha * m) / variance,
+        }  # fmt: skip
+
+    x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    t = torch.linspace(0.02, 0.98, 50, dtype=torch.float64)
+    turned = linear_velocity(lambda x, t: exact(path, x, t)[prediction], path, prediction)
+    torch.testing.assert_close(turned(x, t), exact(LinearPath(), x, t)["velocity"], rtol=1e-4, atol=1e-4)
+    for end in (0.0, 1.0):
+        assert turned(x.float(), torch.full((50,), end)).isfinite().all()
+    ratio = torch.tensor([0.02, 0.5, 1.0, 3.0, 100.0], dtype=torch.float64)
+    times = path.time_of_ratio(ratio)
+    torch.testing.assert_close(path.alpha(times) / path.sigma(times), ratio, rtol=1e-6, atol=1e-9)

@@ -29,8 +29,7 @@ from zigma.assets import model_path
 from zigma.checkpoint import Bundle, load_bundle
 from zigma.sampling import sample
 from zigma.sheet import enlarge, labelled_sheet, save_picture, to_pictures
-from zigma.training.data import read_pictures
-from zigma.training.emoji import PackedPictures
+from zigma.training.emoji import PackedPictures, read_packed
 
 OUTPUT = Path(__file__).resolve().parents[1] / "output"
 COUNT, UNSEEN = 40, 20
@@ -105,7 +104,8 @@ def main() -> None:
         return
     bundle = load_bundle(options.model or model_path("demo"))
     categories = json.loads(bundle.metadata.get("zigma.data", "{}")).get("categories")
-    pictures = read_pictures(options.data, categories=categories)
+    pictures = read_packed(options.data)
+    pictures = pictures.select(categories) if categories else pictures
     features = Features()
     library = features(pictures.images.float() / 127.5 - 1, "training pictures")
     report = measure(bundle, pictures, features, library)

@@ -5,10 +5,14 @@ loaded from its path, whether or not a package of that name is installed.
 """
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
 import pytest
+
+# Before torch loads its OpenMP: threads that spin for each other take ten times as long beside another busy process.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 ROOT = Path(__file__).resolve().parents[1]
 

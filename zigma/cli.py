@@ -26,7 +26,6 @@ from .commands import (
     model_file,
     scan_order_command,
 )
-from .training.recipe import Recipe
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -109,19 +108,15 @@ def _parser() -> Parser:
     _add_sampling(draw, count=1)
     _add_file(draw)
 
-    train = command("train", train_command, "Train a text-conditioned model on pictures with captions.")
-    train.add_argument("--data", type=Path, required=True, help="a folder of pictures, or a packed file")
-    train.add_argument("--out", type=Path, required=True, help="folder of the run; a run found there is resumed")
-    train.add_argument("--autoencoder", type=Path, help="a VAE in TAESD layout, or a model file with one; none: pixels")
-    train.add_argument("--start-from", type=Path, help="a model file whose weights the run starts from")
-    train.add_argument("--categories", help="of a packed file, comma-separated (default: all)")
-    train.add_argument("--size", type=_positive, default=64, help="sides of a folder's pictures (default: %(default)s)")
-    train.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: %(default)s)")
-    group = train.add_argument_group("recipe", "see zigma/training/recipe.py for what each of them means")
-    for field in dataclasses.fields(Recipe):
-        parse = _yes_or_no if isinstance(field.default, bool) else type(field.default)
-        option = "--" + field.name.replace("_", "-")
-        group.add_argument(option, type=parse, default=field.default, help="default: %(default)s")
+    train = command("train", train_command, "Train or fine-tune a model, or go on with a run that was interrupted.")
+    train.add_argument("config", nargs="?", help="a TOML file, or the name of a shipped one (--list)")
+    train.add_argument(
+        "--set", action="append", default=[], metavar="TABLE.KEY=VALUE", dest="changes",
+        help="stands above the file: --set run.steps=500 --set data.path=pictures; may be given again",
+    )  # fmt: skip
+    train.add_argument("--dry-run", action="store_true", help="look at data, model, time and memory, and stop there")
+    train.add_argument("--list", action="store_true", help="name the shipped configurations and where they are")
+    train.add_argument("--quiet", action="store_true", help="no progress bars")
 
     inspect = command("inspect", inspect_command, "Say what a model file holds.")
     inspect.add_argument("file", help="a file, or the name of a shipped model")
@@ -189,12 +184,6 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _yes_or_no(text: str) -> bool:
-    if text.lower() not in ("yes", "true", "1", "no", "false", "0"):
-        raise argparse.ArgumentTypeError(f"got {text!r}, but expected yes or no")
-    return text.lower() in ("yes", "true", "1")
-
-
 def demo_command(options: argparse.Namespace) -> None:
     """The labelled sheet of `make demo`."""
     bundle = _load("demo", options.device)
@@ -260,24 +249,29 @@ def _complete(bundle: Bundle, options: argparse.Namespace) -> None:
         bundle.text_encoder = ClipTextEncoder(options.clip, options.device)
 
 
-def train_command(options: argparse.Namespace) -> None:
+def train_command(options: argparse.Namespace) -> Iterator[str]:
     """A training run, resumed if its folder holds one."""
-    from .training.data import encode_pictures, read_autoencoder, read_pictures, vocabulary_of
-    from .training.old_trainer import Trainer
+    from .training.command import shipped_configurations, train
+    from .training.settings import read_settings
 
     logging.getLogger().setLevel(logging.INFO)
-    check_device(options.device)
-    recipe = Recipe(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Recipe)})
-    categories = [name.strip() for name in options.categories.split(",")] if options.categories else None
-    pictures = read_pictures(options.data, options.size, categories)
-    autoencoder = None if options.autoencoder is None else read_autoencoder(options.autoencoder)
-    options.out.mkdir(parents=True, exist_ok=True)
-    data = encode_pictures(pictures, autoencoder, options.out / "latents.safetensors")
-    facts = {"categories": categories} if categories else {}
-    trainer = Trainer(data, vocabulary_of(pictures), options.out, recipe, autoencoder, options.device, facts)
-    if options.start_from is not None:
-        trainer.start_from(options.start_from)
-    print(trainer.run())
+    shipped = shipped_configurations()
+    if options.list:
+        for name, path in shipped.items():
+            yield f"{name}  {path}"
+        return
+    if options.config is None:
+        raise UserError(f"give a configuration: a TOML file, or one of {', '.join(shipped)} (see --list)")
+    changes = {}
+    for change in options.changes:
+        key, equals, value = change.partition("=")
+        if not equals or "." not in key:
+            raise UserError(f"got --set {change}, but expected TABLE.KEY=VALUE such as run.steps=500")
+        changes[key.strip()] = value.strip()
+    path = Path(options.config)
+    if not path.is_file() and options.config in shipped:
+        path = shipped[options.config]
+    yield from train(read_settings(path, changes), dry_run=options.dry_run, show=not options.quiet)
 
 
 def _load(name: str, device: str, **arguments: Any) -> Bundle:

@@ -253,6 +253,8 @@ class VPPath(Path):
         return (x - self.sigma(expand_time(t, x)) * self.noise_from_velocity(v, x, t)) / self.alpha(expand_time(t, x))
 
 
+NOISIEST = 0.05  # alpha / sigma, of models that predict noise or score: see linear_velocity
+
 PATHS: dict[str, type[Path]] = {"linear": LinearPath, "gvp": GVPPath, "vp": VPPath}
 LINEAR = LinearPath()
 
@@ -280,13 +282,20 @@ def linear_velocity(model: Velocity, path: Path, prediction: str = "velocity") -
         x_path = (alpha + sigma) x_linear,    v_linear = E[x1] - E[x0]
 
     so one solver, one schedule and one host sampler serve every model. x (b, ...), t (b,) of the linear path.
+
+    What predicts noise tells nothing about the data where there is nothing but noise: E[x1] is its error divided by
+    alpha. Such models are asked at no noisier time than that of alpha / sigma = 1/20 (Stable Diffusion's noisiest is at
+    0.068), where noise looks the same.
     """
     if isinstance(path, LinearPath) and prediction == "velocity":
         return model
+    least, most = path.velocity_interval
+    if prediction != "velocity":
+        least, most = path.time_of_ratio(torch.tensor(NOISIEST)).item(), path.t_max
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         own = path.time_of_ratio(t / (1 - t).clamp(min=torch.finfo(t.dtype).tiny))
-        own = own.clamp(path.t_min, path.t_max) if prediction != "velocity" else own.clamp(*path.velocity_interval)
+        own = own.clamp(least, most)
         scale = path.alpha(own) + path.sigma(own)
         x = expand_time(scale, x).to(x.dtype) * x
         v = as_velocity(model, path, prediction)(x, own)

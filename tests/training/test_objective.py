@@ -11,11 +11,10 @@ from torch import nn
 
 from zigma.flow import PATHS, flow_loss
 from zigma.training.average import Average
-from zigma.training.batches import BatchOrder
-from zigma.training.captions import Described, Labels, Texts, flipped_caption
+from zigma.training.captions import Described, Labels, Texts
 from zigma.training.objective import Objective
 from zigma.training.optimizers import make_optimizer, schedule
-from zigma.training.settings import FlowTable, OptimizerTable, TextTable
+from zigma.training.tables import FlowTable, OptimizerTable, TextTable
 
 
 @pytest.mark.parametrize("path", ["linear", "gvp", "vp"])
@@ -143,25 +142,6 @@ def test_the_average_follows_its_formula():
     assert torch.equal(layer.weight, own)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 4, 9])
-def test_batches_are_of_one_group_and_every_picture_has_its_turn(batch_size):
-    groups = [0, 1, 0, 2, 1, 0, 0]
-    order = BatchOrder(groups, batch_size, seed=3)
-    seen = [0] * len(groups)
-    for _ in range(40):
-        batch = order.next()
-        assert len(batch) == batch_size and len({groups[i] for i in batch}) == 1
-        for index in batch:
-            seen[index] += 1
-        waiting = [i for indices in order.state_dict()["waiting"].values() for i in indices]
-        ahead = [i for ready in order.state_dict()["ready"] for i in ready]
-        for index, count in enumerate(seen):  # what is handed out and what waits make whole epochs
-            assert count + (waiting + ahead).count(index) == order.epoch
-    other = BatchOrder(groups, batch_size, seed=99)
-    other.load_state_dict(order.state_dict())
-    assert [other.next() for _ in range(20)] == [order.next() for _ in range(20)]
-
-
 def test_captions_are_dropped_and_styled_at_their_rates():
     pictures = [Described(("fox left", "red fox"), style="flat")]
     table = TextTable(dropout=0.25, style_rate=0.5, trigger="zz")
@@ -181,19 +161,6 @@ def test_labels_are_dropped_only_where_there_is_a_null():
     assert set(drawn.tolist()) == {0, 1, 7} and (drawn == 7).float().mean() == pytest.approx(0.5, abs=0.05)
     kept = Labels(pictures, TextTable(dropout=0.5), None).draw([0, 1], [False] * 2, generator)
     assert kept.tolist() == [1, 0]
-
-
-@pytest.mark.parametrize(
-    ("text", "flipped"),
-    [
-        ("left", "right"),
-        ("Right LEFT", "Left RIGHT"),
-        ("bright cleft", "bright cleft"),
-        ("a left-hand glove", "a right-hand glove"),
-    ],
-)
-def test_a_mirrored_caption_says_the_other_side(text, flipped):
-    assert flipped_caption(text) == flipped and flipped_caption(flipped) == text
 
 
 def test_losses_that_are_no_numbers_stop_a_run_and_spoil_nothing(tmp_path, caplog):

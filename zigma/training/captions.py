@@ -7,34 +7,16 @@ arXiv 2207.12598, algorithm 1).
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..text import WordTextEncoder
-from .settings import TextTable
+from .caption_files import flipped_caption
+from .tables import TextTable
 
-__all__ = ["Described", "Labels", "NoConditions", "Texts", "flipped_caption", "vocabulary_of"]
-
-_SIDES = {"left": "right", "right": "left"}
-
-
-def flipped_caption(text: str) -> str:
-    """The caption of a mirrored picture: "left" and "right" change places, in any case of letters.
-
-    >>> flipped_caption("A left-hand glove, LEFT of the bright light")
-    'A right-hand glove, RIGHT of the bright light'
-    """
-
-    def other(match: re.Match) -> str:
-        word = match.group(0)
-        swapped = _SIDES[word.lower()]
-        return swapped.upper() if word.isupper() else swapped.capitalize() if word[0].isupper() else swapped
-
-    return re.sub(r"\b(?:left|right)(?![a-z])", other, text, flags=re.IGNORECASE)
-
+__all__ = ["Described", "Labels", "NoConditions", "Texts", "vocabulary_of"]
 
 @dataclasses.dataclass(frozen=True)
 class Described:

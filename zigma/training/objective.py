@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..flow import PATHS, Path, Velocity, choose, flow_loss, randn_like, sample_time
-from .settings import FlowTable
+from .tables import FlowTable
 
 __all__ = ["Objective"]
 

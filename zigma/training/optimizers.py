@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .optim import MatrixMuon, OptimizerGroup
-from .settings import OptimizerTable
+from .tables import OptimizerTable
 
 __all__ = ["make_optimizer", "schedule"]
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ..autoencoder import Autoencoder
 from ..latent_format import LatentFormat
 from .average import Average
-from .batches import BatchOrder
+from .buckets import BatchOrder
 from .captions import Labels, NoConditions, Texts
 from .objective import Objective
 from .optimizers import make_optimizer, schedule
@@ -104,7 +104,10 @@ class Trainer:
         self.processes = processes or OneProcess(torch.device("cpu"))
         self.device = self.processes.device
         self.folder = RunFolder(Path(run.folder), run.keep_last, run.keep_best)
-        self.net = subject.net.to(self.device)
+        self.net = subject.net
+        if adapters is not None:
+            self.net.adapter = adapters.module  # moves and is shared among processes with the network
+        self.net.to(self.device)
         self.objective = Objective(settings.flow)
         self.average = Average(self.learning(), run.ema)
         self.optimizer = make_optimizer(self.learning(), settings.optimizer)
@@ -118,6 +121,7 @@ class Trainer:
         self.step, self.seconds, self.strange = 0, 0.0, 0
         self.validation: float | None = None
         self.stopping = False
+        self.clip = None  # the frozen text encoder of a run that has one: for sheets
 
     def learning(self) -> list[tuple[str, nn.Parameter]]:
         """Names and parameters of what learns."""
@@ -147,11 +151,22 @@ class Trainer:
         Raises:
             LossIsNotFiniteError: the last [run] nan_limit losses were no numbers. Such a step changes no weight.
         """
-        run, table = self.settings.run, self.settings.optimizer
+        table = self.settings.optimizer
+        self.optimizer.set_lr_scale(schedule(self.progress, table))
+        total, chosen = self.gradients()
+        if not math.isfinite(total):
+            return self._not_finite(total, chosen)
+        self.strange = 0
+        self._update(table.clip)
+        self.step += 1
+        return total
+
+    def gradients(self) -> tuple[float, list[int]]:
+        """The loss of the next batch, and which pictures that was; its gradients are where they belong."""
+        run = self.settings.run
         self.net.train()
         chosen, latents, condition = self.next_batch()
         x0, t = self.objective.draw(latents, self.generator)
-        self.optimizer.set_lr_scale(schedule(self.progress, table))
         self.optimizer.zero_grad()
         total = 0.0
         for part in range(run.accumulate):
@@ -162,12 +177,7 @@ class Trainer:
                 loss = self.objective.losses(self._velocity(self.prepared, given), x1, noise, times).mean()
                 self.scaler.scale(loss / run.accumulate).backward()
             total += self.processes.mean(loss.detach()) / run.accumulate
-        if not math.isfinite(total):
-            return self._not_finite(total, chosen)
-        self.strange = 0
-        self._update(table.clip)
-        self.step += 1
-        return total
+        return total, chosen
 
     def _mine(self, x: Tensor | None) -> Tensor | None:
         share = self.processes.share(x)

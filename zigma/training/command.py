@@ -1,0 +1,202 @@
+"""`python -m zigma train CONFIG.toml`, and the same under `accelerate launch scripts/finetune.py CONFIG.toml`."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from .assemble import Plan, Progress, make_plan, make_trainer
+from .outputs import export, save_sheet
+from .preflight import estimate
+from .processes import ManyProcesses, OneProcess, find_processes
+from .report import write_report
+from .settings import Settings
+from .trackers import Trackers
+from .trainer import Trainer
+
+__all__ = ["shipped_configurations", "train"]
+
+log = logging.getLogger(__name__)
+
+INTERRUPTED = 130
+
+
+def shipped_configurations() -> dict[str, Path]:
+    """Name -> file of the configurations that come with the pack."""
+    return {path.stem: path for path in sorted((Path(__file__).parent / "configs").glob("*.toml"))}
+
+
+def train(
+    settings: Settings, *, dry_run: bool = False, processes: OneProcess | ManyProcesses | None = None,
+    show: bool = True,
+) -> Iterator[str]:  # fmt: skip
+    """A whole run, line by line: the report on the data, then what was written where.
+
+    Args:
+        settings: of the run; a folder that holds it already is gone on with.
+        dry_run: stop after the report.
+        processes: this process, or this one of many; None asks the environment.
+        show: draw progress bars.
+
+    Raises:
+        ValueError: there are problems with the data; nothing was begun. KeyboardInterrupt: after SIGINT or SIGTERM,
+            when the checkpoint is written.
+    """
+    processes = processes or find_processes(settings.run.device)
+    first = processes.rank == 0
+    with _progress(show and first) as progress:
+        plan = make_plan(settings, progress)
+        if plan.preflight.problems and not dry_run:
+            yield plan.preflight.text()
+            raise ValueError(plan.preflight.problems[0])
+        trainer = make_trainer(plan, processes, progress) if not plan.preflight.problems else None
+    if first:
+        yield plan.preflight.text(trainer_lines(plan, trainer) if trainer is not None else ())
+    if dry_run:
+        return
+    if not first:
+        trainer.resume()
+        _run(trainer, None)
+        return
+    with trainer.folder.locked():
+        trainer.resume()
+        trackers = Trackers(trainer.folder, settings.run, dataclasses.asdict(settings), show)
+        try:
+            finished = _run(trainer, trackers)
+        finally:
+            trackers.close()
+        if not finished:
+            yield f"stopped at step {trainer.step}, with a checkpoint: the same command goes on from there"
+            raise KeyboardInterrupt
+        sheet = save_sheet(trainer)
+        path = export(trainer, sheet)
+        yield str(write_report(trainer.folder, settings, path, plan.preflight.text()))
+        yield str(path)
+
+
+def trainer_lines(plan: Plan, trainer: Trainer) -> list[str]:
+    """Size of the model, time and memory, as measured by one step that changes nothing."""
+    run = plan.settings.run
+    learning = sum(p.numel() for _, p in trainer.learning())
+    whole = sum(p.numel() for p in trainer.net.parameters())
+    words = trainer.net.text_encoder
+    lines = [
+        f"Model: {whole / 1e6:.2f} M parameters, {learning / 1e6:.3g} M learn; condition: {trainer.subject.kind}"
+        + (f", {len(words.ids)} words" if words is not None else "")
+        + f"; latents of {' x '.join(map(str, trainer.examples.latents[0][0].shape))}; {run.precision} on "
+        f"{trainer.device}"
+    ]
+    seconds, memory = measured_step(trainer)
+    state = 4 * learning * 3 + 4 * whole  # two moments and an average beside the weights
+    done = max((checkpoint.step for checkpoint in trainer.folder.whole()), default=0)
+    return lines + estimate(
+        seconds, run.steps, done=done, steps_per_epoch=trainer.order.steps_per_epoch, memory=memory,
+        disk=state * (run.keep_last + run.keep_best),
+    )  # fmt: skip
+
+
+def measured_step(trainer: Trainer) -> tuple[float, int]:
+    """(seconds, bytes) of a step's loss and gradients, the second of two; weights and generators stay as they are."""
+    order, generator = copy.deepcopy(trainer.order.state_dict()), trainer.generator.get_state()
+    seconds = 0.0
+    with torch.random.fork_rng(devices=[]):
+        if trainer.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        for _ in range(2):
+            started = time.perf_counter()
+            trainer.gradients()
+            seconds = time.perf_counter() - started
+    trainer.order.load_state_dict(order)
+    trainer.generator.set_state(generator)
+    trainer.optimizer.zero_grad()
+    moments = 8 * sum(p.numel() for _, p in trainer.learning())
+    return seconds, _peak(trainer.device) + moments
+
+
+def _peak(device: torch.device) -> int:
+    """Bytes in use at most so far: on the GPU, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+        import sys
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    except ImportError:  # Windows
+        return 0
+
+
+def _run(trainer: Trainer, trackers: Trackers | None) -> bool:
+    """Train, with everything that happens on the way."""
+    samples = trainer.settings.samples
+    last_sheet, known = time.monotonic(), trainer.validation
+
+    def on_step(trainer: Trainer, loss: float) -> None:
+        nonlocal last_sheet, known
+        if trackers is None:
+            return
+        lr = trainer.optimizer.optimizers[-1].param_groups[0]["lr"]
+        trackers.step(trainer.step, loss, trainer.seconds / 60, lr)
+        if trainer.validation != known:
+            known = trainer.validation
+            trackers.validation(trainer.step, known)
+        if samples.every and time.monotonic() - last_sheet > 60 * samples.every:
+            path = save_sheet(trainer)
+            if path is not None:
+                trackers.sheet(trainer.step, path)
+            last_sheet = time.monotonic()
+
+    with _signals(trainer):
+        return trainer.run(on_step)
+
+
+@contextmanager
+def _signals(trainer: Trainer) -> Iterator[None]:
+    """The first SIGINT or SIGTERM ends the run after its step, with a checkpoint; the next one at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame) -> None:
+        if trainer.stopping:
+            raise KeyboardInterrupt
+        log.warning("stopping after this step, with a checkpoint; once more stops at once")
+        trainer.stopping = True
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _progress(show: bool) -> Iterator[Progress | None]:
+    """A bar for whatever is going on."""
+    if not show:
+        yield None
+        return
+    from tqdm import tqdm
+
+    bars: dict[str, tqdm] = {}
+
+    def progress(what: str, done: int, total: int) -> None:
+        if what not in bars:
+            bars[what] = tqdm(desc=what, total=total, delay=0.5)
+        bars[what].update(done - bars[what].n)
+
+    try:
+        yield progress
+    finally:
+        for bar in bars.values():
+            bar.close()

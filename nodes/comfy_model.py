@@ -11,6 +11,7 @@ and nothing outside this file knows. Everything else is the host's own: its samp
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 
 import comfy.latent_formats
@@ -25,8 +26,10 @@ from torch import Tensor
 
 from ..zigma.checkpoint import CheckpointFile, LatentFormat, read_checkpoint
 from ..zigma.conditions import ConditionFacts
+from ..zigma.flow import linear_velocity
 from ..zigma.host_files import host_description
 from ..zigma.model import Condition, ZigMa
+from ..zigma.sampling import flow_of
 from .comfy_conditions import LABELS, NO_NULL, check_channels, check_latent, model_conditions
 from .comfy_patches import patch_loose_parameters
 from .layer_orders import SCAN_ORDERS, LayerOrder, make_order, schedule_of
@@ -57,6 +60,7 @@ class HostZigMa(ZigMa):
             zigma_file.config, zigma_file.token_orders, operations=Operations, device=device, dtype=dtype
         )  # fmt: skip
         self.dtype = dtype
+        self._flow = flow_of(zigma_file.metadata)
         self._told_of_cfg = False
         self._overridden: dict[tuple, list[Tensor]] = {}
         self._encoded: list[tuple[Tensor, torch.dtype, Condition]] | None = None  # None: no run, or one that may not
@@ -79,7 +83,8 @@ class HostZigMa(ZigMa):
         schedule = (transformer_options or {}).get(SCAN_ORDERS)
         orders = None if schedule is None else self._scheduled(schedule, x)
         y = self._condition(x, t, context) if self.config.has_text else conditions.get(LABELS)
-        v = super().forward(x, t, y, token_orders=orders)
+        predict = functools.partial(super().forward, y=y, token_orders=orders)
+        v = linear_velocity(predict, *self._flow)(x, t)
         return -(v.transpose(1, 2) if video else v)
 
     def _without_null(self, sentence: str) -> None:

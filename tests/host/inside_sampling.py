@@ -494,3 +494,25 @@ def check_an_error_in_a_run_leaves_the_next_one_alone(pack):
             guided(it).sample(torch.randn(1, 4, 4, 6), it.latent["samples"], sampler, grid(pack), callback=broken)
             raise AssertionError("the error was swallowed")
     assert torch.equal(drawn(it, ode(pack, "rk4"), grid(pack)), before)
+
+
+def check_a_model_of_another_path_is_asked_on_the_linear_one(pack):
+    """What the host gets of a model that predicts noise on the GVP path is the velocity of the linear path."""
+    bundle, flow = pack.checkpoint.load_bundle(pack.file), pack.part("zigma.flow")
+    path = pack.file.with_name("gvp.safetensors")
+    pack.checkpoint.save_checkpoint(
+        bundle.model, path, {"zigma.flow": '{"path": "gvp", "prediction": "noise"}'}, text_encoder=bundle.text_encoder,
+        autoencoder=bundle.autoencoder, latent=bundle.latent, condition=bundle.condition,
+    )  # fmt: skip
+    try:
+        model = loaded(pack, "gvp.safetensors")[0]
+        x, t, y = torch.randn(3, 4, 4, 6), torch.tensor([0.1, 0.5, 0.9]), bundle.text_encoder.encode(["red fox"] * 3)
+        got = model.model.diffusion_model(x, 1 - t, y)
+
+        def predict(x, t):
+            return bundle.model(x, t, y)
+
+        close(got, -flow.linear_velocity(predict, flow.GVPPath(), "noise")(x, t), 1e-4)
+        assert (got + predict(x, t)).abs().max() > 0.1
+    finally:
+        path.unlink()

@@ -308,6 +308,11 @@ def test_a_model_of_another_path_draws_the_data_it_learned(tmp_path, path, predi
     with averaged_bundle(trainer) as bundle:
         assert json.loads(bundle.metadata["zigma.flow"]) == {"path": path, "prediction": prediction}
         picture = sample(bundle)
+    from zigma.training.outputs import export
+
+    tuned = {"start_from": str(export(trainer)), "config": {}}
+    with pytest.raises(ValueError, match=rf"on the {path} path to predict {prediction}, but \[flow\] asks for linear"):
+        trainer_of(tmp_path / "tuned", data, model=tuned, text={"encoder": "none"}, run={"batch_size": 2})
     expected = torch.tensor([230.0, 40.0, 40.0])[:, None, None] / 127.5 - 1
     assert (picture - expected).abs().mean() < 0.25  # noise, or a picture of another path, is off by 0.7
 

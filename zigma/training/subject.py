@@ -15,8 +15,10 @@ from ..autoencoder import Autoencoder, autoencoder_from_state_dict, load_autoenc
 from ..checkpoint import CheckpointFile, read_checkpoint
 from ..conditions import ConditionFacts
 from ..config import ZigMaConfig
+from ..flow import PATHS
 from ..latent_format import LatentFormat
 from ..model import ZigMa
+from ..sampling import flow_of
 from ..text import TextEncoderConfig, WordTextEncoder
 from .captions import Described, vocabulary_of
 from .settings import Settings
@@ -168,6 +170,13 @@ def _from_file(settings, base: CheckpointFile, pictures, label_names, frames) ->
     if bool(frames) != bool(config.video_frames):
         is_, has = ("a video model", "pictures") if config.video_frames else ("a model of pictures", "clips")
         raise ValueError(f"{base.path} is {is_}, but the data are {has}: choose others")
+    path, prediction = flow_of(base.metadata)
+    stated = (next(name for name, kind in PATHS.items() if isinstance(path, kind)), prediction)
+    if stated != (settings.flow.path, settings.flow.prediction):
+        raise ValueError(
+            f"{base.path} was trained on the {stated[0]} path to predict {stated[1]}, but [flow] asks for "
+            f"{settings.flow.path} and {settings.flow.prediction}: give it what it was trained with"
+        )
     state, condition = dict(base.state_dict), base.condition
     if config.conditioning == "class":
         config, state, condition = _classes(settings, base, config, state, label_names)

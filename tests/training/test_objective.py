@@ -126,15 +126,18 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path, accumulate
     torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-6)
 
 
-def test_the_average_follows_its_formula():
+@pytest.mark.parametrize(("rate", "every"), [(0.9, 1), (0.995, 1), (0.999, 5), (0.9999, 10)])
+def test_the_average_follows_its_formula(rate, every):
     layer = nn.Linear(3, 2)
-    average = Average(layer.named_parameters(), 0.9)
+    average = Average(layer.named_parameters(), rate)
     expected = layer.weight.detach().clone()
-    for n in range(1, 30):
+    for n in range(1, 31):
         with torch.no_grad():
             layer.weight.add_(torch.randn(2, 3))
         average.update()
-        decay = min(0.9, (1 + n) / (10 + n))
+        if n % every:
+            continue
+        decay = min(rate, (1 + n) / (10 + n)) ** every
         expected = decay * expected + (1 - decay) * layer.weight.detach()
     own = layer.weight.detach().clone()
     with average.in_place():

@@ -109,8 +109,9 @@ class Trainer:
             self.net.adapter = adapters.module  # moves and is shared among processes with the network
         self.net.to(self.device)
         self.objective = Objective(settings.flow)
-        self.average = Average(self.learning(), run.ema)
-        self.optimizer = make_optimizer(self.learning(), settings.optimizer)
+        self._learning = self.learning()
+        self.average = Average(self._learning, run.ema)
+        self.optimizer = make_optimizer(self._learning, settings.optimizer)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=run.precision == "fp16")
         self.seen = [i for i in range(len(examples.names)) if i not in set(examples.held_out)]
         self.order = BatchOrder(examples.groups(self.seen), run.batch_size, run.seed)
@@ -154,10 +155,13 @@ class Trainer:
         table = self.settings.optimizer
         self.optimizer.set_lr_scale(schedule(self.progress, table))
         total, chosen = self.gradients()
-        if not math.isfinite(total):
+        if not (math.isfinite(total) and self._clip(table.clip)):
             return self._not_finite(total, chosen)
         self.strange = 0
-        self._update(table.clip)
+        for optimizer in self.optimizer.optimizers:
+            self.scaler.step(optimizer)
+        self.scaler.update()
+        self.average.update()
         self.step += 1
         return total
 
@@ -192,15 +196,20 @@ class Trainer:
 
         return velocity
 
-    def _update(self, clip: float) -> None:
+    def _clip(self, limit: float) -> bool:
+        """Shorten the gradient to `limit` (0: leave it); False if it is no number, which would spoil every weight.
+
+        With loss scaling the scaler finds that out itself, and halves its scale.
+        """
         for optimizer in self.optimizer.optimizers:
             self.scaler.unscale_(optimizer)
-        if clip:
-            nn.utils.clip_grad_norm_([p for _, p in self.learning()], clip)
-        for optimizer in self.optimizer.optimizers:
-            self.scaler.step(optimizer)
-        self.scaler.update()
-        self.average.update()
+        gradients = [p.grad for _, p in self._learning if p.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))).item()
+        if not math.isfinite(norm):
+            return self.scaler.is_enabled()
+        if limit and norm > limit:  # few steps: elsewhere nothing has to be multiplied by 1
+            torch._foreach_mul_(gradients, limit / norm)
+        return True
 
     def _not_finite(self, value: float, chosen: list[int]) -> float:
         self.strange += 1

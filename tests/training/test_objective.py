@@ -175,12 +175,22 @@ def test_losses_that_are_no_numbers_stop_a_run_and_spoil_nothing(tmp_path, caplo
     for variants in trainer.examples.latents:
         for x in variants:
             x[:] = float("nan")
-    with pytest.raises(RuntimeError, match=rf"nan 3 times in a row at step 3, last with .*({'|'.join(WORDS)})-\d.png"):
+    with pytest.raises(RuntimeError, match=rf"no number 3 times in a row at step 3, last with .*({'|'.join(WORDS)})-\d.png"):
         trainer.run()
     assert caplog.text.count("this batch changes nothing") == 2
     for name, parameter in trainer.learning():
         assert torch.equal(parameter, before[name]), name
     assert [checkpoint.step for checkpoint in trainer.folder.whole()] == [1]
+
+
+def test_a_gradient_that_is_no_number_changes_nothing(tmp_path, caplog):
+    trainer = tiny_trainer(tmp_path)
+    before = {name: p.detach().clone() for name, p in trainer.learning()}
+    trainer.learning()[3][1].register_hook(lambda gradient: gradient * float("inf"))
+    trainer.train_step()
+    assert "this batch changes nothing" in caplog.text
+    for name, parameter in trainer.learning():
+        assert torch.equal(parameter, before[name]), name
 
 
 def test_the_loss_falls_and_every_weight_learns(tmp_path):

@@ -17,8 +17,8 @@ class Average:
     """average <- d average + (1 - d) weights after each update, d = min(decay, (1 + n) / (10 + n)) after n updates:
     an early average forgets its random start.
 
-    A slow average does not look at every update: with decay 0.999 at every fifth, with d^5, which is the same average to
-    within half a per cent of its window and costs a fifth of the memory traffic.
+    A slow average does not look at every update: with decay 0.999 at every fifth, with d^5, which is the same average
+    to within half a per cent of its window and costs a fifth of the memory traffic.
 
     Args:
         named: parameters with their names; those that do not learn are left out.

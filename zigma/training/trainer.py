@@ -216,11 +216,14 @@ class Trainer:
         names = ", ".join(self.examples.names[i] for i in chosen[:8]) + ", ..." * (len(chosen) > 8)
         if self.strange >= self.settings.run.nan_limit:
             raise LossIsNotFiniteError(
-                f"the loss was {value} {self.strange} times in a row at step {self.step}, last with {names}: the "
-                "checkpoint before is good; resume with a lower [optimizer] lr, or with precision fp32, or look at "
-                "these pictures"
+                f"the loss, {value} at last, or its gradient was no number {self.strange} times in a row at step "
+                f"{self.step}, last with {names}: the checkpoint before is good; resume with a lower [optimizer] lr, or "
+                "with precision fp32, or look at these pictures"
             )
-        log.warning("the loss is %s at step %d, with %s: this batch changes nothing", value, self.step, names)
+        log.warning(
+            "the loss, %s, or its gradient is no number at step %d, with %s: this batch changes nothing", value,
+            self.step, names,
+        )  # fmt: skip
         self.step += 1
         return value
 

@@ -63,6 +63,23 @@ def test_the_validation_loss_is_a_figure_of_the_weights_alone(tmp_path):
     assert trainer.validate() != first
 
 
+def test_the_checkpoint_of_the_least_validation_loss_stays(tmp_path):
+    """And a loss counts for the weights that it was measured on alone."""
+    trainer = tiny_trainer(tmp_path, held_out=2, run={"steps": 12, "validate_every": 3, "save_steps": 2, "keep_last": 1})
+    trainer.resume()
+    measured = {}
+
+    def on_step(trainer, loss):
+        if trainer.step % 3 == 0:
+            measured[trainer.step] = trainer.validation
+
+    trainer.run(on_step)
+    least = min(measured, key=measured.get)
+    assert trainer.folder.best().step == least and trainer.folder.best().loss == measured[least]
+    kept = {checkpoint.step: checkpoint.loss for checkpoint in trainer.folder.whole()}
+    assert kept == {least: measured[least], 12: measured[12]}
+
+
 @pytest.mark.parametrize("name", ["constant", "cosine", "linear"])
 def test_schedules_warm_up_hold_and_fall(name):
     table = OptimizerTable(schedule=name, warmup=0.1, hold=0.4)
@@ -175,7 +192,8 @@ def test_losses_that_are_no_numbers_stop_a_run_and_spoil_nothing(tmp_path, caplo
     for variants in trainer.examples.latents:
         for x in variants:
             x[:] = float("nan")
-    with pytest.raises(RuntimeError, match=rf"no number 3 times in a row at step 3, last with .*({'|'.join(WORDS)})-\d.png"):
+    words = rf"no number 3 times in a row at step 3, last with .*({'|'.join(WORDS)})-\d.png"
+    with pytest.raises(RuntimeError, match=words):
         trainer.run()
     assert caplog.text.count("this batch changes nothing") == 2
     for name, parameter in trainer.learning():

@@ -120,7 +120,8 @@ class Trainer:
         if run.compile:
             self.prepared = torch.compile(self.prepared)
         self.step, self.seconds, self.strange = 0, 0.0, 0
-        self.validation: float | None = None
+        self.validation: float | None = None  # the last, of the weights after step `validated_at`
+        self.validated_at = -1
         self.stopping = False
         self.clip = None  # the frozen text encoder of a run that has one: for sheets
 
@@ -217,8 +218,8 @@ class Trainer:
         if self.strange >= self.settings.run.nan_limit:
             raise LossIsNotFiniteError(
                 f"the loss, {value} at last, or its gradient was no number {self.strange} times in a row at step "
-                f"{self.step}, last with {names}: the checkpoint before is good; resume with a lower [optimizer] lr, or "
-                "with precision fp32, or look at these pictures"
+                f"{self.step}, last with {names}: the checkpoint before is good; resume with a lower [optimizer] lr, "
+                "or with precision fp32, or look at these pictures"
             )
         log.warning(
             "the loss, %s, or its gradient is no number at step %d, with %s: this batch changes nothing", value,
@@ -248,6 +249,7 @@ class Trainer:
                 self.validation = self.objective.validation_loss(predict, pairs, self.device)
         finally:
             self.net.train(training)
+        self.validated_at = self.step
         return self.validation
 
     # Checkpoints
@@ -258,6 +260,7 @@ class Trainer:
             "learning": {name: p.detach() for name, p in self.learning()}, "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "step": self.step,
             "seconds": self.seconds, "strange": self.strange, "validation": self.validation,
+            "validated_at": self.validated_at,
             "order": self.order.state_dict(), "generator": self.generator.get_state(), "random": _random_states(),
             "settings": dataclasses.asdict(self.settings), "digest": self.examples.digest,
         }  # fmt: skip
@@ -265,7 +268,8 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint; of many processes the first does."""
         if self.processes.rank == 0:
-            self.folder.write(self.state(), self.step, self.validation)
+            judged = self.validation if self.validated_at == self.step else None
+            self.folder.write(self.state(), self.step, judged)
         self.processes.wait()
 
     def resume(self) -> bool:
@@ -290,7 +294,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.seconds, self.strange = state["step"], state["seconds"], state["strange"]
-        self.validation = state["validation"]
+        self.validation, self.validated_at = state["validation"], state["validated_at"]
         self.order.load_state_dict(state["order"])
         self.generator.set_state(state["generator"].cpu())
         _set_random_states(state["random"])
@@ -331,11 +335,13 @@ class Trainer:
             started = time.perf_counter()
             loss = self.train_step()
             self.seconds += time.perf_counter() - started
+            due = bool(run.save_steps and self.step % run.save_steps == 0)
             if self.examples.held_out and self.step % run.validate_every == 0:
                 self.validate()
+                best = self.folder.best()
+                due = due or (run.keep_best and (best is None or self.validation < best.loss))
             if on_step is not None:
                 on_step(self, loss)
-            due = run.save_steps and self.step % run.save_steps == 0
             if due or (run.save_every and self.seconds - saved_at > 60 * run.save_every):
                 self.save()
                 saved_at, saved_step = self.seconds, self.step

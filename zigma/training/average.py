@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 __all__ = ["Average"]
 
+EARLY = 100  # updates, a multiple of every rhythm there is: at first every one of them counts
 WINDOW_PART = 0.005  # of the average's window 1 / (1 - decay) between two looks, ten updates at most
 
 
@@ -17,8 +18,8 @@ class Average:
     """average <- d average + (1 - d) weights after each update, d = min(decay, (1 + n) / (10 + n)) after n updates:
     an early average forgets its random start.
 
-    A slow average does not look at every update: with decay 0.999 at every fifth, with d^5, which is the same average
-    to within half a per cent of its window and costs a fifth of the memory traffic.
+    A slow average does not look at every update later on: with decay 0.999 at every fifth, with d^5, which is the same
+    average to within half a per cent of its window and costs a fifth of the memory traffic.
 
     Args:
         named: parameters with their names; those that do not learn are left out.
@@ -27,7 +28,8 @@ class Average:
 
     def __init__(self, named: Iterable[tuple[str, nn.Parameter]], decay: float) -> None:
         self.decay, self.updates = decay, 0
-        self.every = max(1, min(10, int(WINDOW_PART / (1 - decay) + 1e-9)))
+        most = max(1, int(WINDOW_PART / (1 - decay) + 1e-9))
+        self.every = max(n for n in (1, 2, 5, 10) if n <= most)
         self._parameters = {name: p for name, p in named if p.requires_grad}
         self._values = {name: p.detach().clone() for name, p in self._parameters.items()} if decay else {}
 
@@ -37,9 +39,10 @@ class Average:
         if not self.decay:
             return
         self.updates += 1
-        if self.updates % self.every:
+        every = self.every if self.updates > EARLY else 1
+        if self.updates % every:
             return
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) ** self.every
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) ** every
         weights = [self._parameters[name].detach() for name in self._values]
         torch._foreach_lerp_(list(self._values.values()), weights, 1 - decay)
 

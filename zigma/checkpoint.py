@@ -242,6 +242,7 @@ def save_checkpoint(
     model: ZigMa, path: str | os.PathLike, metadata: Mapping[str, str] | None = None, *,
     text_encoder: WordTextEncoder | None = None, autoencoder: Autoencoder | None = None,
     latent: LatentFormat | None = None, condition: ConditionFacts | None = None, dtype: torch.dtype | None = None,
+    precise: bool = False,
 ) -> None:  # fmt: skip
     """Write a model file; a file of that name is replaced only when the new one is complete.
 
@@ -251,6 +252,7 @@ def save_checkpoint(
         metadata: further strings, such as "zigma.sampling".
         text_encoder, autoencoder, latent, condition: what belongs to the model.
         dtype: of the floating-point tensors in the file; None keeps theirs.
+        precise: A and D keep theirs all the same: a rounded A is another decay, at every step again.
 
     Raises:
         ValueError: another extension, metadata that is not strings or takes a name that the parts themselves write, a
@@ -274,7 +276,7 @@ def save_checkpoint(
         path, model.config, model.state_dict(), text_state, None if text_encoder is None else text_encoder.config,
         vae_state, latent, model.token_orders, metadata={},
     )  # fmt: skip
-    write_checkpoint(file, path, dtype, given, kept=())
+    write_checkpoint(file, path, dtype, given, kept=FLOAT32_PARAMETERS if precise else ())
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
 import numpy
@@ -11,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from tiny_clip import write_tiny_clip
 
 from zigma.text import ClipTextEncoder, TextEncoderConfig, WordTextEncoder, read_features, split_words
 
@@ -65,22 +65,7 @@ def test_a_configuration_survives_its_text_and_refuses_nonsense():
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
-    """A tiny CLIP as transformers saves one: random weights, a vocabulary of single letters."""
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install -e .[test])")
-    folder = tmp_path_factory.mktemp("clip")
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = transformers.CLIPTextConfig(
-        vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=77, eos_token_id=len(words) - 1, bos_token_id=len(words) - 2,
-    )  # fmt: skip
-    transformers.CLIPTextModel(config).save_pretrained(folder)
-    return folder
+    return write_tiny_clip(tmp_path_factory.mktemp("clip"))
 
 
 def test_clip_features_are_the_last_hidden_states_of_77_tokens(clip_folder):

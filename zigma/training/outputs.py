@@ -10,7 +10,6 @@ import logging
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from ..checkpoint import Bundle, save_checkpoint
@@ -132,7 +131,7 @@ def export(trainer: Trainer, sheet: Path | None = None) -> Path:
             dtype = DTYPES[settings.run.output_dtype]
             save_checkpoint(
                 bundle.model, path, facts, text_encoder=trainer.net.text_encoder, autoencoder=bundle.autoencoder,
-                latent=bundle.latent, condition=bundle.condition, dtype=None if dtype == torch.float32 else dtype,
+                latent=bundle.latent, condition=bundle.condition, dtype=dtype, precise=True,
             )  # fmt: skip
     log.info("wrote %s", path)
     return path

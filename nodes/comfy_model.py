@@ -60,6 +60,7 @@ class HostZigMa(ZigMa):
             zigma_file.config, zigma_file.token_orders, operations=Operations, device=device, dtype=dtype
         )  # fmt: skip
         self.dtype = dtype
+        self.in_channels = self.config.in_channels  # RenormCFG asks for it
         self._flow = flow_of(zigma_file.metadata)
         self._told_of_cfg = False
         self._overridden: dict[tuple, list[Tensor]] = {}
@@ -73,14 +74,23 @@ class HostZigMa(ZigMa):
     ) -> Tensor:
         """x (b, c, [f,] h, w), timestep = sigma (b,), context (b, m, d_context) -> d x / d sigma, as x.
 
-        Among the conditions are the labels (b,) of a class model.
+        Among the conditions are the labels (b,) of a class model. Nodes may wrap this call, as they do of the host's
+        own models: EasyCache leaves it out.
         """
+        extension, options = comfy.patcher_extension, transformer_options or {}
+        wrappers = extension.get_all_wrappers(extension.WrappersMP.DIFFUSION_MODEL, options)
+        call = extension.WrapperExecutor.new_class_executor(self._evaluate, self, wrappers)
+        return call.execute(x, timestep, context, control, options, **conditions)
+
+    def _evaluate(
+        self, x: Tensor, timestep: Tensor, context, control, transformer_options: dict, **conditions
+    ) -> Tensor:  # fmt: skip
         if NO_NULL in conditions:
             self._without_null(conditions[NO_NULL])
         t = (1 - timestep.float()).expand(len(x))
         video = self.config.video_frames > 0
         x = x.transpose(1, 2) if video else x
-        schedule = (transformer_options or {}).get(SCAN_ORDERS)
+        schedule = transformer_options.get(SCAN_ORDERS)
         orders = None if schedule is None else self._scheduled(schedule, x)
         y = self._condition(x, t, context) if self.config.has_text else conditions.get(LABELS)
         predict = functools.partial(super().forward, y=y, token_orders=orders)

@@ -1,12 +1,13 @@
 """The ComfyUI around the checks: its command line and folders, and what several checks need of it.
 
-Importing it starts the host: the arguments are those of inside.py.
+Importing it starts the host: the arguments are those of inside.py, and ZIGMA_HOST_FLAGS has more flags of the host.
 """
 
 from __future__ import annotations
 
 import asyncio
 import importlib
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 HOST, BASE, CHOSEN = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
 sys.path.insert(0, str(HOST))
 sys.argv = ["main.py", "--cpu", "--base-directory", str(BASE), "--database-url", "sqlite:///:memory:"]
+sys.argv += os.environ.get("ZIGMA_HOST_FLAGS", "").split()
 
 import comfy.options  # noqa: E402
 

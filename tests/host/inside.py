@@ -280,6 +280,7 @@ def all_checks() -> dict:
 
 
 def main() -> None:
+    torch.set_num_threads(1)  # the tensors are small: on a busy machine more threads wait for each other for minutes
     pack = load_pack()
     with torch.inference_mode():  # as the host runs nodes
         for name, check in all_checks().items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 
-from host_process import close, empty, encode, loaded, stock
+from host_process import close, empty, loaded, stock
 from inside_sampling import CFG, SEED, all_in_one, evaluations, setting
 
 import comfy.cli_args  # isort: skip
@@ -176,12 +176,3 @@ def check_every_stock_sampler_stops_within_one_evaluation(pack):
                 except management.InterruptProcessingException:
                     pass
             assert len(seen) == number, (name, number, len(seen))
-
-
-def check_a_stock_prompt_of_two_conditions_runs_on_every_sampler(pack):
-    """Combined prompts and an area go through the host's own batching, whatever samples."""
-    it = setting(pack)
-    clip = loaded(pack)[1]
-    it.red = stock.ConditioningSetArea().append(encode(clip, "fox"), 32, 32, 0, 0, 1.0)[0] + it.red
-    for name in SAMPLERS:
-        assert ksampler(it, name, steps=3).isfinite().all(), name

@@ -14,7 +14,7 @@ from found_hosts import NEEDS_HOST, hosts
 from test_host import INSIDE
 
 CHECK = "check_a_run_is_the_cores_in_the_dtype_of_the_host"
-OTHERS = "--fast --disable-smart-memory --deterministic --force-channels-last"  # together with one of the dtype's
+OTHERS = " --fast --disable-smart-memory --deterministic --force-channels-last"  # together, in the process of float32
 
 pytestmark = [pytest.mark.host, NEEDS_HOST]
 
@@ -24,7 +24,7 @@ def flags_of(host) -> list[str]:
     text = (host / "comfy/cli_args.py").read_text(encoding="utf-8")
     found = re.findall(r'^(?:fp|fpunet)_group\.add_argument\("(--[\w-]+)"', text, re.MULTILINE)
     assert {"--force-fp32", "--bf16-unet", "--fp8_e4m3fn-unet"} <= set(found), found
-    return [*found, OTHERS]
+    return [flag + OTHERS * (flag == "--force-fp32") for flag in found]
 
 
 def test_a_run_is_the_cores_under_every_flag(host, base):

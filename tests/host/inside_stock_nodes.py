@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 
-from host_process import stock
+from host_process import encode, loaded, stock
 from inside_sampling import CFG, SEED, result, setting
 from inside_weights import layers, lora, subject, with_lora
 
@@ -20,8 +20,8 @@ SAME = 1e-4  # differences below this are those of rounding: a condition evaluat
 
 CHANGES_THE_PICTURE = {
     # guidance
-    "APG", "CFGNorm", "CFGOverride", "CFGZeroStar", "Epsilon Scaling", "Mahiro", "RenormCFG", "RescaleCFG", "TCFG",
-    "TemporalScoreRescaling", "VideoLinearCFGGuidance", "VideoTriangleCFGGuidance",
+    "APG", "CFGNorm", "CFGOverride", "CFGZeroStar", "Epsilon Scaling", "Mahiro", "PerpNeg", "RenormCFG", "RescaleCFG",
+    "TCFG", "TemporalScoreRescaling", "VideoLinearCFGGuidance", "VideoTriangleCFGGuidance",
     # shifts of a flow's times
     "ModelSamplingAuraFlow", "ModelSamplingFlux", "ModelSamplingLTXV",
     # weights and steps
@@ -94,11 +94,11 @@ def other_value(name: str, kind, facts: dict):
 
 
 def applied(it, node, choose=default):
-    """The node's MODEL: of ours and another, with the null condition and such values."""
+    """The node's MODEL: of ours and another, with a third condition and such values."""
     models, of_kind = iter(it.models), kinds(node)
     values = {}
     for name, (kind, facts) in inputs(node).items():
-        given = {"MODEL": lambda: next(models), "CONDITIONING": lambda: it.none}.get(of_kind[name])
+        given = {"MODEL": lambda: next(models), "CONDITIONING": lambda: it.third}.get(of_kind[name])
         values[name] = choose(name, kind, facts) if given is None else given()
     call = getattr(node if hasattr(node, "define_schema") else node(), node.FUNCTION)
     return result(call(**values))[list(node.RETURN_TYPES).index("MODEL")]
@@ -136,6 +136,7 @@ def outcome(it, node, own) -> tuple[str, Exception | None]:
 def check_every_stock_node_that_makes_a_model_of_a_model(pack):
     it = setting(pack)
     it.models, own = (it.model, another(it.model)), draw(it, it.model)
+    it.third = encode(loaded(pack)[1], "apple")
     assert (draw(it, it.models[1]) - own).abs().max() > 0.1
     table, nodes = {}, every_node()
     for name, node in nodes.items():

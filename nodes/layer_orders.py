@@ -95,8 +95,8 @@ def grid_of(model, network, width: int, height: int) -> tuple[int, int]:
         if pixels % unit:
             nearest = max(1, round(pixels / unit)) * unit
             raise ValueError(
-                f"got the {name} {pixels}, expected a multiple of {unit} pixels (one token of this model): try "
-                f"{nearest}"
+                f"set the {name} to {nearest}: got {pixels}, expected a multiple of {unit} pixels (one token of this "
+                "model)"
             )
         sides.append(pixels // unit or own)
     return sides[0], sides[1]

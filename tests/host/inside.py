@@ -241,7 +241,7 @@ def check_mistakes_are_named(pack):
     node, sampler = pack.node("ZigMaScanOrder"), pack.node("ZigMaSampler")
     refused(lambda: loaded(pack, "gone.safetensors"), "got the model 'gone.safetensors'", "put it there")
     refused(lambda: loaded(pack, "broken.safetensors"), "cannot be read as safetensors", "get the file again")
-    refused(lambda: empty(pack, model, width=40), "multiple of 16 pixels", "try 32")
+    refused(lambda: empty(pack, model, width=40), "multiple of 16 pixels", "set the width to 32")
     refused(lambda: node.execute(model, "zigzag", "9", "all", 0), "expected numbers from 0 to 7: there is no 9")
     refused(lambda: node.execute(model, "zigzag", "0", "2", 0), "got the layers '2'", "from 0 to 1")
     refused(lambda: node.execute(model, "zigzag", "x", "all", 0), "got the variants 'x', expected numbers and ranges")

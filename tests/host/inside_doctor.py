@@ -33,7 +33,7 @@ def check_a_sound_model_gets_a_full_report(pack):
     ):  # fmt: skip
         assert words in text, f"{words}\n{text}"
     assert "at 64 x 32 pixels, batch 1:" in report(pack, model, cfg=1.0, width=32, height=64)
-    refused(lambda: report(pack, model, width=40), "got the width 40", "multiple of 16 pixels", "try 32")
+    refused(lambda: report(pack, model, width=40), "set the width to 32: got 40", "multiple of 16 pixels")
     for name in ("class.safetensors", "pixels.safetensors", "bare.safetensors"):
         assert report(pack, loaded(pack, name)[0]).startswith("No problem found.\n"), name
 

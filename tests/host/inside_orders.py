@@ -209,7 +209,7 @@ def check_the_preview_draws_over_a_picture(pack):
     square, report = preview(pack, model, "0", 64, 64, 200, image=picture)
     assert "4 x 4 tokens" in report and "cut to 70 x 70" in report and square.shape[2] < drawing.shape[2]
     refused(lambda: preview(pack, model, image=torch.zeros(1, 8, 40, 3)), "give a picture of 16 x 16 pixels", "40 x 8")
-    refused(lambda: preview(pack, model, width=50), "multiple of 16 pixels", "try 48")
+    refused(lambda: preview(pack, model, width=50), "multiple of 16 pixels", "set the width to 48")
     refused(lambda: preview(pack, model, "2"), "got the layers '2'")
 
 

@@ -68,7 +68,7 @@ def test_mistakes_come_back_as_one_sentence(server):
         server.run(graph(**{"1__model_name": "gone.safetensors"}))
     with pytest.raises(hosts.HostError, match=r"ZigMaModelLoader: .*broken\.safetensors.*get the file again"):
         server.run(graph(**{"1__model_name": "broken.safetensors"}))
-    with pytest.raises(hosts.HostError, match="ZigMaEmptyLatent: got the width 40, expected a multiple of 16"):
+    with pytest.raises(hosts.HostError, match="ZigMaEmptyLatent: set the width to 32: got 40, expected a multiple"):
         server.run(graph(**{"4__width": 40}))
 
 

@@ -18,6 +18,7 @@ import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
+import comfy.model_sampling
 import comfy.ops
 import comfy.patcher_extension
 import comfy.supported_models_base
@@ -220,6 +221,11 @@ class HostModel(comfy.model_base.BaseModel):
     def apply_model(self, x: Tensor, t: Tensor, *arguments, **keywords) -> Tensor:
         """One evaluation. Whatever sampler asks for it, Stop stops before the next: a host asks once in a step."""
         comfy.model_management.throw_exception_if_processing_interrupted()
+        if not isinstance(self.model_sampling, comfy.model_sampling.CONST):
+            raise ValueError(
+                "take out the ModelSampling node between loader and sampler, or use ModelSamplingAuraFlow: it says "
+                "that this model predicts something else than a flow, which would spoil the picture"
+            )
         if getattr(self.model_sampling, "multiplier", 1.0) != 1.0:
             raise ValueError(
                 "use ModelSamplingAuraFlow in place of ModelSamplingSD3, or the shift of ZigMa Scheduler: got a model "

@@ -26,13 +26,14 @@ CHANGES_THE_PICTURE = {
     "ModelSamplingAuraFlow", "ModelSamplingFlux", "ModelSamplingLTXV",
     # weights and steps
     "LazyCache", "ModelMergeAdd", "ModelMergeSubtract",
-    # the sampling of other kinds of models: they obey, and the picture is spoiled
-    "ModelSamplingContinuousEDM", "ModelSamplingContinuousV", "ModelSamplingDiscrete", "ModelSamplingStableCascade",
 }  # fmt: skip
 BY_OTHER_VALUES = {"FreSca", "ModelComputeDtype", "ModelMergeBlocks", "ModelMergeSimple", "ModelNoiseScale"}
 FAILS = {  # node -> a word of its error
     # The host asks the model's configuration for a fact that UNets alone have.
     "FreeU": "model_channels", "FreeU_V2": "model_channels",
+    # Our sentence: the sampling of models that are no flows.
+    "ModelSamplingContinuousEDM": "take out", "ModelSamplingContinuousV": "take out",
+    "ModelSamplingDiscrete": "take out", "ModelSamplingStableCascade": "take out",
     # Our sentence: times that run to 1000.
     "ModelSamplingSD3": "use ModelSamplingAuraFlow", "MiniMaxH3SigmaShift": "use ModelSamplingAuraFlow",
 }  # fmt: skip

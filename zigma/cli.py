@@ -1,4 +1,4 @@
-"""The command line: python -m zigma demo | sample | train | convert | inspect | scan-order | doctor.
+"""The command line: python -m zigma demo | sample | train | evaluate | convert | inspect | scan-order | doctor.
 
 A mistake of the user ends with one sentence on stderr and exit status 2; `--debug` shows the traceback as well.
 """
@@ -85,10 +85,11 @@ def _parser() -> Parser:
         sub.set_defaults(command=function)
         return sub
 
+    upscale: Any = {"type": _positive, "help": "enlarge pictures this many times"}
     demo = command("demo", demo_command, "Draw a labelled sheet with the model that comes with the pack.")
     demo.add_argument("--prompt", action="append", help="your own, instead of the sheet's; may be given again")
     demo.add_argument("--output", type=Path, default=Path("output/demo.png"), help="default: %(default)s")
-    _add_sampling(demo, count=None)
+    _add_sampling(demo, count=None).add_argument("--upscale", **upscale)
 
     draw = command("sample", sample_command, "Draw pictures and write them as files.")
     draw.add_argument("--model", default="demo", help="a file, or the name of a shipped model (default: %(default)s)")
@@ -105,7 +106,7 @@ def _parser() -> Parser:
     )  # fmt: skip
     draw.add_argument("--fps", type=_positive, default=8, help="frames a second of a video (default: %(default)s)")
     draw.add_argument("--sheet", action="store_true", help="write one labelled sheet instead of single pictures")
-    _add_sampling(draw, count=1)
+    _add_sampling(draw, count=1).add_argument("--upscale", **upscale)
     _add_file(draw)
 
     train = command("train", train_command, "Train or fine-tune a model, or go on with a run that was interrupted.")
@@ -117,6 +118,11 @@ def _parser() -> Parser:
     train.add_argument("--dry-run", action="store_true", help="look at data, model, time and memory, and stop there")
     train.add_argument("--list", action="store_true", help="name the shipped configurations and where they are")
     train.add_argument("--quiet", action="store_true", help="no progress bars")
+
+    evaluate = command("evaluate", evaluate_command, "Measure what a model draws, or pictures that are there.")
+    _add_evaluate(evaluate)
+    _add_sampling(evaluate, count=None, counts="pictures to draw (default: 1000), or of --samples to measure")
+    _add_file(evaluate)
 
     inspect = command("inspect", inspect_command, "Say what a model file holds.")
     inspect.add_argument("file", help="a file, or the name of a shipped model")
@@ -148,16 +154,31 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--label-names", type=Path, help="of a class model: a text file, one name a line, from 0 on")
 
 
-def _add_sampling(parser: argparse.ArgumentParser, count: int | None) -> None:
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, required=True, help="what to measure against: as for training")
+    parser.add_argument("--model", help="a file, or the name of a shipped model; without one --samples are measured")
+    parser.add_argument("--samples", type=Path, metavar="FOLDER", help="keep what is drawn here, and go on with it")
+    parser.add_argument("--metrics", help="some of kid,precision,retrieval,bpd,fid (default: all)")
+    parser.add_argument("--shard", metavar="K/N", help="draw only the K-th of N shares, from 0, and measure nothing")
+    parser.add_argument("--bpd-count", type=_positive, default=32, help="pictures for bpd (default: %(default)s)")
+    parser.add_argument("--bpd-steps", type=_positive, default=25, help="of Heun's method (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="write the figures into this file too")
+    parser.add_argument("--vae", type=Path, help="for a file without one: TAESD or Stable Diffusion layout")
+    parser.add_argument("--clip", help="for a text model without an encoder: a folder or name that transformers knows")
+
+
+def _add_sampling(
+    parser: argparse.ArgumentParser, count: int | None, counts: str = "pictures for each prompt"
+) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("sampling", "steps, solver and guidance are the file's own unless given")
-    group.add_argument("--count", type=_positive, default=count, help="pictures for each prompt")
+    group.add_argument("--count", type=_positive, default=count, help=counts)
     group.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     group.add_argument("--steps", type=_positive, help="intervals of the time grid")
     group.add_argument("--solver", help="euler, heun, midpoint, rk4, dopri5, ...")
     group.add_argument("--cfg", type=float, help="scale of classifier-free guidance; 1 is none")
     group.add_argument("--device", default="cpu", help="cpu, cuda, mps (default: %(default)s)")
     group.add_argument("--batch-size", type=_positive, default=8, help="pictures at once (default: %(default)s)")
-    group.add_argument("--upscale", type=_positive, help="enlarge pictures this many times")
+    return group
 
 
 def _add_file(parser: argparse.ArgumentParser) -> None:
@@ -272,6 +293,41 @@ def train_command(options: argparse.Namespace) -> Iterator[str]:
     if not path.is_file() and options.config in shipped:
         path = shipped[options.config]
     yield from train(read_settings(path, changes), dry_run=options.dry_run, show=not options.quiet)
+
+
+def evaluate_command(options: argparse.Namespace) -> Iterator[str]:
+    """Figures, line by line; with --shard, or of many processes, pictures alone."""
+    from .training.evaluation import METRICS, Task, evaluate, model_facts
+    from .training.generation import Share, own_device
+    from .training.progress import progress_bars
+
+    metrics = tuple(part.strip() for part in options.metrics.split(",")) if options.metrics else METRICS
+    if options.json is not None:
+        check_writable(options.json, (".json",))
+    options.device = own_device(options.device)
+    bundle, facts, settings = None, {}, None
+    if options.model is not None:
+        bundle = _load(options.model, options.device, **file_arguments(options))
+        _complete(bundle, options)
+        settings = _settings(bundle, options)
+        facts = model_facts(model_file(options.model), options.vae, options.clip, file_arguments(options))
+    else:
+        _refuse(options, ("steps", "solver", "cfg", "vae", "clip", "config", "scan_type", "img_dim", "video_frames"))
+    task = Task(
+        options.data, metrics, count=options.count, seed=options.seed, batch_size=options.batch_size,
+        device=options.device, sampling=settings, samples=options.samples, likelihoods=options.bpd_count,
+        likelihood_steps=options.bpd_steps, facts=facts,
+    )  # fmt: skip
+    share = Share.parse(options.shard) if options.shard is not None else None
+    with progress_bars(share is not None or Share.of_environment().rank == 0) as bar:
+        yield from evaluate(task, bundle, share, options.json, bar)
+
+
+def _refuse(options: argparse.Namespace, names: Sequence[str]) -> None:
+    """Options that mean nothing without a model."""
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) is not None]
+    if given:
+        raise UserError(f"got {', '.join(given)}, but no --model that it is for: give the model, or leave it out")
 
 
 def _load(name: str, device: str, **arguments: Any) -> Bundle:

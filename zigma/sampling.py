@@ -19,7 +19,7 @@ from .flow import PATHS, Path, choose, linear_velocity
 from .guidance import classifier_free
 from .solvers import ODE_SOLVERS, solve_ode
 
-__all__ = ["SamplingSettings", "flow_of", "sample"]
+__all__ = ["SamplingSettings", "flow_of", "initial_noise", "sample"]
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +63,7 @@ def sample(
     settings: SamplingSettings | None = None,
     negative: str = "",
     batch_size: int = 8,
+    noise: torch.Tensor | None = None,
     progress: Progress | None = None,
 ) -> torch.Tensor:
     """Draw `count` pictures for each prompt.
@@ -78,6 +79,7 @@ def sample(
         negative: the text that guidance leads away from.
         batch_size: pictures computed at once: a matter of speed and memory, of the result only with dopri5, whose
             error control looks at a batch as a whole.
+        noise: latents to begin from, as `initial_noise` makes them, one for each prompt, in place of count and seed.
         progress: called as progress(done, total) before each step and at the end.
 
     Returns:
@@ -93,10 +95,19 @@ def sample(
     if not bundle.latent.pixel_space and bundle.autoencoder is None:
         raise ValueError("there is no autoencoder to decode the latents: give one, or use the file in ComfyUI")
     condition, null = _conditions(bundle, prompts, negative, settings.guidance)
-    noise = initial_noise(bundle, count, seed)
-    if condition is not None:
-        noise = noise.repeat(len(condition), *[1] * (noise.dim() - 1))
-        condition = condition.repeat_interleave(count, dim=0)
+    if noise is not None:
+        if count != 1 or (condition is not None and len(condition) != len(noise)):
+            prompted = 0 if condition is None else len(condition)
+            raise ValueError(
+                f"got {len(noise)} noises for {prompted} prompts and count {count}, but expected one for each prompt "
+                "and count 1"
+            )
+        noise = noise.to(next(bundle.model.parameters()).device)
+    else:
+        noise = initial_noise(bundle, count, seed)
+        if condition is not None:
+            noise = noise.repeat(len(condition), *[1] * (noise.dim() - 1))
+            condition = condition.repeat_interleave(count, dim=0)
 
     starts, done = range(0, len(noise), batch_size), 0
     total = 0 if settings.solver == "dopri5" else len(starts) * settings.steps

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,15 +26,14 @@ from .latent_cache import LatentCache, Prepared, autoencoder_digest, encode_data
 from .picture_files import fit
 from .preflight import Preflight, inspect_data
 from .processes import ManyProcesses, OneProcess
+from .progress import Progress, named
 from .settings import Settings
 from .subject import Subject, base_file, make_subject, read_base_autoencoder
 from .trainer import Examples, Trainer
 
-__all__ = ["Plan", "make_plan", "make_trainer"]
+__all__ = ["Plan", "held_out_pictures", "make_plan", "make_trainer"]
 
 log = logging.getLogger(__name__)
-
-Progress = Callable[[str, int, int], None]  # (what, done, of how many)
 
 
 @dataclasses.dataclass
@@ -71,7 +69,7 @@ def make_plan(settings: Settings, progress: Progress | None = None) -> Plan:
     base = base_file(settings)
     autoencoder = read_base_autoencoder(settings, base)
     dataset = read_dataset(
-        Path(data.path), data.kind, categories=data.categories, progress=_named(progress, "opening pictures")
+        Path(data.path), data.kind, categories=data.categories, progress=named(progress, "opening pictures")
     )
     downscale = _downscale(autoencoder)
     if base is not None and base.latent.downscale != downscale:
@@ -93,10 +91,6 @@ def make_plan(settings: Settings, progress: Progress | None = None) -> Plan:
     if settings.data.names_as_captions:
         preflight.warnings = [line for line in preflight.warnings if "have no caption" not in line]
     return Plan(settings, dataset, base, autoencoder, preflight.targets, downscale, preflight)
-
-
-def _named(progress: Progress | None, what: str) -> Callable[[int, int], None] | None:
-    return None if progress is None else lambda done, total: progress(what, done, total)
 
 
 def _downscale(autoencoder: Autoencoder | None) -> int:
@@ -151,7 +145,7 @@ def make_trainer(
     frames = plan.base.config.video_frames if plan.base is not None else 0
     encoded = encode_dataset(
         dataset, plan.autoencoder, plan.sizes, flips=settings.data.flips, crops=settings.data.crops,
-        cache=LatentCache(folder, digest), device=device, frames=frames, progress=_named(progress, "encoding pictures"),
+        cache=LatentCache(folder, digest), device=device, frames=frames, progress=named(progress, "encoding pictures"),
     )  # fmt: skip
     first = encoded.latents[0][0]
     subject = make_subject(
@@ -164,7 +158,7 @@ def make_trainer(
         format = _with_preview(format, latents, plan)
     examples = Examples(
         [sample.name for sample in dataset.samples], latents, encoded.flipped,
-        _held_out(dataset, settings.data.validation), format, _digest(plan, described, digest),
+        held_out_pictures(dataset, settings.data.validation), format, _digest(plan, described, digest),
     )  # fmt: skip
     adapters = None
     if settings.adapter.kind != "none":
@@ -213,7 +207,7 @@ def _with_preview(format: LatentFormat, latents: list[list[Tensor]], plan: Plan)
     return dataclasses.replace(format, rgb_factors=solution[:-1].tolist(), rgb_bias=solution[-1].tolist())
 
 
-def _held_out(dataset: Dataset, part: float) -> list[int]:
+def held_out_pictures(dataset: Dataset, part: float) -> list[int]:
     """The pictures of the validation loss: those whose names hash lowest, so that new pictures do not move old ones."""
     names = [sample.name for sample in dataset.samples]
     count = min(len(names) - 1, max(1, round(part * len(names)))) if part else 0
@@ -263,7 +257,7 @@ def _conditions(plan: Plan, subject: Subject, described, folder: Path, device, p
     sides = (False, True) if settings.data.flips else (False,)
     every = ["", *(text for i in range(len(described)) for side in sides for text in texts.texts(i, side))]
     cache = LatentCache(folder / "text", autoencoder_digest(clip.model))
-    features = encode_texts(every, clip.encode, cache=cache, progress=_named(progress, "encoding captions"))
+    features = encode_texts(every, clip.encode, cache=cache, progress=named(progress, "encoding captions"))
     return texts, clip
 
 

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 
-from .assemble import Plan, Progress, make_plan, make_trainer
+from .assemble import Plan, make_plan, make_trainer
 from .outputs import export, save_sheet
 from .preflight import estimate
 from .processes import ManyProcesses, OneProcess, find_processes
+from .progress import progress_bars
 from .report import write_report
 from .settings import Settings
 from .trackers import Trackers
@@ -53,7 +54,7 @@ def train(
     """
     processes = processes or find_processes(settings.run.device)
     first = processes.rank == 0
-    with _progress(show and first) as progress:
+    with progress_bars(show and first) as progress:
         plan = make_plan(settings, progress)
         if plan.preflight.problems and not dry_run:
             yield plan.preflight.text()
@@ -178,25 +179,3 @@ def _signals(trainer: Trainer) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def _progress(show: bool) -> Iterator[Progress | None]:
-    """A bar for whatever is going on."""
-    if not show:
-        yield None
-        return
-    from tqdm import tqdm
-
-    bars: dict[str, tqdm] = {}
-
-    def progress(what: str, done: int, total: int) -> None:
-        if what not in bars:
-            bars[what] = tqdm(desc=what, total=total, delay=0.5)
-        bars[what].update(done - bars[what].n)
-
-    try:
-        yield progress
-    finally:
-        for bar in bars.values():
-            bar.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from zigma.model import ZigMa
 from zigma.sampling import SamplingSettings, initial_noise, sample
 from zigma.sheet import to_pictures
 from zigma.text import TextEncoderConfig, WordTextEncoder
-from zigma.training import features, figures
+from zigma.training import features, figures, generation
 from zigma.training.dataset import read_dataset
 from zigma.training.features import EfficientNetFeatures, InceptionFeatures, features_of, inception_weights
 from zigma.training.generation import Plan, SampleFolder, Share, condition_of, draw, noise_of, own_device, wait_for
@@ -145,6 +146,17 @@ def test_what_is_there_is_skipped_and_what_is_lost_comes_back(model, data, tmp_p
     more, new = drawn(model, data, tmp_path, 14)
     assert new == 4 and {name: more[name] for name in whole} == whole
     assert more == drawn(model, data, tmp_path / "other", 14)[0]
+
+
+def test_batches_are_always_the_same(model, data, tmp_path, monkeypatch):
+    """Numbers may differ in their last bit with the size of a batch: no picture is computed in another one."""
+    seen = []
+    monkeypatch.setattr(generation, "sample", lambda *a, noise, **k: seen.append(noise) or sample(*a, noise=noise, **k))
+    drawn(model, data, tmp_path, 4)
+    (tmp_path / "000000.png").unlink()
+    drawn(model, data, tmp_path, 5)
+    assert [len(noise) for noise in seen] == [3] * 4
+    assert torch.equal(seen[0], seen[2]) and torch.equal(seen[1], seen[3])
 
 
 def test_a_kill_while_a_picture_is_written_leaves_no_half_picture(model, data, tmp_path, monkeypatch):
@@ -337,14 +349,15 @@ def test_bits_of_a_model_that_moves_nothing_are_those_of_the_noise(data, tmp_pat
     with torch.no_grad():
         for parameter in bundle.model.parameters():
             parameter.zero_()
-    dataset = read_dataset(data)
+    whole = read_dataset(data)
     task = figures.Task(data, likelihoods=10, likelihood_steps=2)
-    found = figures.Evaluation(task, dataset, None, bundle, Plan(dataset, bundle, 0)).bpd()[0].value
-    pixels = torch.stack([figures._tensor(dataset.picture(i)) for i in range(10)]).double()
-    spread = pixels.square().mean() + (2 / 255) ** 2 / 12
-    normal = torch.distributions.Normal(0, 1)
-    expected = -normal.log_prob(spread.sqrt()) / torch.tensor(2.0).log() - torch.log2(torch.tensor(2 / 255))
-    assert found == pytest.approx(expected.item(), abs=1e-3)
+    white = whole.subset([i for i, one in enumerate(whole.samples) if one.name == "white.png"])
+    for dataset in (whole, white):
+        found = figures.Evaluation(task, dataset, None, bundle, Plan(dataset, bundle, 0)).bpd()[0].value
+        pixels = torch.stack([figures._tensor(dataset.picture(i)) for i in range(len(dataset))]).double()
+        spread = pixels.square().mean() + (2 / 255) ** 2 / 12
+        nats = 0.5 * (spread + math.log(2 * math.pi))
+        assert found == pytest.approx(nats.item() / math.log(2) - math.log2(2 / 255), abs=1e-3)
 
 
 @pytest.mark.parametrize(

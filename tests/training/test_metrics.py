@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zigma.solvers import likelihood
+from zigma.training import metrics
 from zigma.training.metrics import (
     bits_per_dimension,
     frechet_distance,
@@ -151,6 +152,7 @@ def test_precision_and_recall_of_identical_sets_are_one():
     assert precision_recall(features, features.flip(0)) == (1, 1)
     assert precision_recall(several, several.flip(0)) == (1, 1)
     assert precision_recall(features, features + 1e4) == (0, 0)
+    assert not metrics._squared_distances(features, features.clone()).diagonal().any()
 
 
 def test_one_mode_of_two_has_precision_and_half_the_recall(monkeypatch):

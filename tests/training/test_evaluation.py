@@ -268,6 +268,7 @@ def test_the_command_measures_and_says_of_what(model, data, tmp_path, colours, c
     assert names == ["KID (mean colours)", "precision (mean colours)", "recall (mean colours)",
                      "retrieval (mean colours)", "bits per dimension"]  # fmt: skip
     assert list(report["not_measured"]) == ["fid"] and report["pictures"] == 12 and len(report["model"]) == 64
+    assert report["sampling"] == SAMPLING
     # The same again, from pictures that are kept.
     assert evaluate(*options, "--samples", tmp_path / "kept", "--json", tmp_path / "again.json") == 0
     again = json.loads((tmp_path / "again.json").read_text(encoding="utf-8"))

@@ -89,12 +89,19 @@ def evaluate(
     if json_file is not None:
         report = {
             **task.facts, "data": str(task.data), "pictures_of_data": len(dataset), "seed": task.seed,
-            "pictures": len(drawn.names) if drawn is not None else 0,
+            "pictures": len(drawn.names) if drawn is not None else 0, "sampling": _sampling(task, bundle),
             "figures": [figure.facts() for figure in figures], "not_measured": reasons,
         }  # fmt: skip
         with replacing(json_file) as stream:
             stream.write(json.dumps(report, indent=1).encode())
         yield str(json_file)
+
+
+def _sampling(task: Task, bundle: Bundle | None) -> dict | None:
+    """How pictures are drawn; None of those that were drawn elsewhere."""
+    if bundle is None:
+        return None
+    return dataclasses.asdict(task.sampling or SamplingSettings.from_metadata(bundle.metadata))
 
 
 def _check(task: Task, bundle: Bundle | None, share: Share | None) -> None:
@@ -135,9 +142,9 @@ def _drawn(
     task: Task, bundle: Bundle, plan: Plan, place: Path, share: Share, only_draw: bool, bar: Progress | None
 ) -> tuple[Drawn | None, str]:  # fmt: skip
     """Draw what is missing; None for a share of which nothing is measured."""
-    settings = task.sampling or SamplingSettings.from_metadata(bundle.metadata)
-    count = task.count or 1000
-    facts = {**task.facts, "seed": task.seed, "sampling": dataclasses.asdict(settings), "prompts": plan.digest()}
+    sampling, count = _sampling(task, bundle), task.count or 1000
+    settings = SamplingSettings(**sampling)
+    facts = {**task.facts, "seed": task.seed, "sampling": sampling, "prompts": plan.digest()}
     if settings.solver == "dopri5":  # whose error control looks at a batch as a whole
         facts["batch_size"] = task.batch_size
     folder = SampleFolder(place, facts)

@@ -28,8 +28,8 @@ def test_two_processes_have_the_loss_curve_of_one(tmp_path, accumulate):
     data = pictures(tmp_path / "pictures")
     run = {"steps": 6, "batch_size": 8, "accumulate": accumulate}
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
+    # As `accelerate launch` starts processes for GPUs; on one machine it knows no other way for a CPU but one process.
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     ends = {}
     for name, start in (("one", []), ("two", launch)):
         more = {"data": {"validation": 0.2}, "model": {"config": {"embed_dim": 32, "depth": 2, "patch_size": 2}}}
@@ -37,6 +37,7 @@ def test_two_processes_have_the_loss_curve_of_one(tmp_path, accumulate):
         command = [sys.executable, *start, str(ROOT / "scripts" / "finetune.py"), str(config), "--quiet"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
+        assert ("process 1 of 2" in done.stderr) is (name == "two"), done.stderr[-3000:]
         assert done.stdout.count("steps in an epoch") == 1  # the first process speaks for all
         ends[name] = RunFolder(tmp_path / name).read_last()[1]
         json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[0])

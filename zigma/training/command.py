@@ -60,8 +60,9 @@ def train(
             yield plan.preflight.text()
             raise ValueError(plan.preflight.problems[0])
         trainer = make_trainer(plan, processes, progress) if not plan.preflight.problems else None
+    lines = trainer_lines(plan, trainer) if trainer is not None else []  # a step is measured by all processes together
     if first:
-        yield plan.preflight.text(trainer_lines(plan, trainer) if trainer is not None else ())
+        yield plan.preflight.text(lines)
     if dry_run:
         return
     if not first:

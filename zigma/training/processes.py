@@ -8,6 +8,7 @@ Many processes are a matter of accelerate: `accelerate launch scripts/finetune.p
 
 from __future__ import annotations
 
+import logging
 import os
 from contextlib import AbstractContextManager, nullcontext
 
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 __all__ = ["ManyProcesses", "OneProcess", "find_processes", "pick_device"]
+
+log = logging.getLogger(__name__)
 
 
 def pick_device(name: str) -> torch.device:
@@ -62,6 +65,10 @@ class OneProcess:
         """Of one number of each process."""
         return value.item()
 
+    def largest(self, *values: float) -> list[float]:
+        """Of each value the largest that any process has: what depends on a clock or a signal has to be agreed on."""
+        return list(values)
+
     def wait(self) -> None:
         """Until all processes are here."""
 
@@ -83,6 +90,7 @@ class ManyProcesses:
             raise ValueError("sharded weights (FSDP) are not supported: choose MULTI_GPU in `accelerate config`")
         self.device = self._accelerator.device
         self.rank, self.count = self._accelerator.process_index, self._accelerator.num_processes
+        log.info("process %d of %d, on %s", self.rank, self.count, self.device)
 
     def prepare(self, net: nn.Module) -> nn.Module:
         """As of one process."""
@@ -106,6 +114,11 @@ class ManyProcesses:
     def mean(self, value: Tensor) -> float:
         """As of one process."""
         return self._accelerator.reduce(value.detach().float(), "mean").item()
+
+    def largest(self, *values: float) -> list[float]:
+        """As of one process."""
+        gathered = self._accelerator.gather(torch.tensor([values], dtype=torch.float64, device=self.device))
+        return gathered.amax(0).tolist()
 
     def wait(self) -> None:
         """As of one process."""

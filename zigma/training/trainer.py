@@ -331,7 +331,8 @@ class Trainer:
         run = self.settings.run
         (self.folder.path / "settings.toml").write_text(to_toml(self.settings), encoding="utf-8")
         saved_at, saved_step = self.seconds, self.step
-        while self.progress < 1 and not self.stopping:
+        stopping = False
+        while self.progress < 1 and not stopping:
             started = time.perf_counter()
             loss = self.train_step()
             self.seconds += time.perf_counter() - started
@@ -342,6 +343,7 @@ class Trainer:
                 due = due or (run.keep_best and (best is None or self.validation < best.loss))
             if on_step is not None:
                 on_step(self, loss)
+            self.seconds, stopping = self.processes.largest(self.seconds, self.stopping)
             if due or (run.save_every and self.seconds - saved_at > 60 * run.save_every):
                 self.save()
                 saved_at, saved_step = self.seconds, self.step

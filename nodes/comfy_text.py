@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import comfy.model_management
 import comfy.ops
@@ -16,7 +17,7 @@ from ..zigma.checkpoint import CheckpointFile
 from ..zigma.host_files import TEXT_DESCRIPTION, text_to_tensor
 from ..zigma.text import TextEncoderConfig, WordTextEncoder, split_words
 
-__all__ = ["build_clip", "text_config_of"]
+__all__ = ["HostTexts", "build_clip", "has_words", "text_config_of"]
 
 
 class HostTextModel(torch.nn.Module):
@@ -95,7 +96,7 @@ def text_config_of(clip, width: int) -> TextEncoderConfig:
     Raises:
         ValueError: it is another kind of text encoder, or of another width.
     """
-    if not isinstance(clip.tokenizer, HostTokenizer):
+    if not has_words(clip):
         raise ValueError(
             f"leave clip unconnected and load that text encoder by its own node: got a CLIP of the kind "
             f"{type(clip.cond_stage_model).__name__}, expected the one of a ZigMa Model Loader"
@@ -106,3 +107,27 @@ def text_config_of(clip, width: int) -> TextEncoderConfig:
             f"connect the CLIP of this model: got one with features of width {config.width}, expected {width}"
         )
     return config
+
+
+def has_words(clip) -> bool:
+    """Whether a host CLIP is the word-level encoder of a model file."""
+    return isinstance(clip.tokenizer, HostTokenizer)
+
+
+class HostTexts:
+    """A frozen CLIP of the host as the trainer asks a text encoder: texts -> features (n, m, d) on a device."""
+
+    def __init__(self, clip, device: torch.device) -> None:
+        self.clip, self.device = clip, device
+        self.length = self._features("").shape[1]
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """As stock CLIP Text Encode; what is longer than one window of the encoder is cut, as released models had it.
+
+        Ordinary tensors, whatever mode the encoder's own are of.
+        """
+        return torch.cat([self._features(text)[:, : self.length] for text in texts]).clone()
+
+    def _features(self, text: str) -> Tensor:
+        with torch.inference_mode():
+            return self.clip.encode_from_tokens(self.clip.tokenize(text)).to(self.device, torch.float32)

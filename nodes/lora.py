@@ -16,6 +16,8 @@ from .comfy_model import as_zigma
 from .comfy_patches import misfits
 from .schema import schema
 
+__all__ = ["ZigMaLoraLoader", "with_lora"]
+
 log = logging.getLogger(__name__)
 
 
@@ -60,27 +62,36 @@ class ZigMaLoraLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, lora_name: str, strength_model: float) -> io.NodeOutput:
-        """Find the weights that the file's keys mean, and patch a clone."""
-        as_zigma(model)
-        path = folder_paths.get_full_path_or_raise("loras", lora_name)
-        lora = comfy.lora_convert.convert_lora(comfy.utils.load_torch_file(path, safe_load=True))
-        names = _names(model.model)
-        patches = comfy.lora.load_lora(lora, names, log_missing=False)
-        wrong = misfits(patches, model.model.state_dict())
-        fitting = {key: patch for key, patch in patches.items() if key not in wrong}
-        if not fitting:
-            raise ValueError(_no_fit(lora_name, lora, wrong))
-        left = _unread(lora, patches, names)
-        if wrong or left:
-            log.warning(
-                "%s fits in part only: %d weights are patched, %d have another shape in this model%s, %d of its "
-                "tensors belong to no weight of it%s",
-                lora_name, len(fitting), len(wrong), f" ({wrong[0]})" * bool(wrong), len(left),
-                f" ({left[0]})" if left else "",
-            )  # fmt: skip
-        patched = model.clone()
-        patched.add_patches(fitting, strength_model)
-        return io.NodeOutput(patched)
+        """Load the file, and patch a clone."""
+        return io.NodeOutput(with_lora(model, folder_paths.get_full_path_or_raise("loras", lora_name), strength_model))
+
+
+def with_lora(model, path: str | os.PathLike, strength: float = 1.0):
+    """A clone of a host MODEL with the LoRA of a file, found by the weights that the file's keys mean.
+
+    Raises:
+        ValueError: the model is no ZigMa, or nothing of the file fits it; what fits in part only is named in the log.
+    """
+    as_zigma(model)
+    file = os.path.basename(path)
+    lora = comfy.lora_convert.convert_lora(comfy.utils.load_torch_file(str(path), safe_load=True))
+    names = _names(model.model)
+    patches = comfy.lora.load_lora(lora, names, log_missing=False)
+    wrong = misfits(patches, model.model.state_dict())
+    fitting = {key: patch for key, patch in patches.items() if key not in wrong}
+    if not fitting:
+        raise ValueError(_no_fit(file, lora, wrong))
+    left = _unread(lora, patches, names)
+    if wrong or left:
+        log.warning(
+            "%s fits in part only: %d weights are patched, %d have another shape in this model%s, %d of its "
+            "tensors belong to no weight of it%s",
+            file, len(fitting), len(wrong), f" ({wrong[0]})" * bool(wrong), len(left),
+            f" ({left[0]})" if left else "",
+        )  # fmt: skip
+    patched = model.clone()
+    patched.add_patches(fitting, strength)
+    return patched
 
 
 def _names(model) -> dict[str, str]:

@@ -15,12 +15,15 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..zigma.autoencoder import autoencoder_from_state_dict
+from ..zigma.checkpoint import CheckpointFile
 from ..zigma.model_file import write_checkpoint
 from .comfy_model import as_zigma, current_orders
 from .comfy_text import text_config_of
 from .layer_orders import schedule_of
 from .schema import schema
 from .shown_text import shown
+
+__all__ = ["ZigMaSaveModel", "whole_file"]
 
 log = logging.getLogger(__name__)
 
@@ -72,26 +75,34 @@ class ZigMaSaveModel(io.ComfyNode):
         cls, model, filename_prefix: str, dtype: str, clip=None, vae=None, bake_scan_orders: bool = False
     ) -> io.NodeOutput:
         """Gather what the parts are in memory, and write it."""
-        as_zigma(model)
-        _check_patches(model)
-        file = model.model.zigma_file
-        changed = any(schedule_of(model, file.config.depth))
-        if bake_scan_orders and changed:
-            file = dataclasses.replace(file, token_orders=current_orders(model))
-        elif changed:
+        file = whole_file(model, clip, vae, bake_scan_orders)
+        if not bake_scan_orders and any(schedule_of(model, file.config.depth)):
             log.warning("the orders of ZigMa Scan Order nodes are not in the file: switch bake_scan_orders on for that")
-        file = dataclasses.replace(
-            file, state_dict=_weights(model, "diffusion_model"),
-            text_config=None if clip is None else text_config_of(clip, file.config.d_context),
-            text_state=None if clip is None else _text_weights(clip),
-            vae_state=None if vae is None or file.latent.pixel_space else _vae_weights(vae, file.latent.channels),
-        )  # fmt: skip
         folder, name, number, _, _ = folder_paths.get_save_image_path(
             filename_prefix, folder_paths.get_output_directory()
         )  # fmt: skip
         path = Path(folder) / f"{name}_{number:05}_.safetensors"
         write_checkpoint(file, path, DTYPES[dtype], _graph(cls.hidden))
         return shown(str(path), cls)
+
+
+def whole_file(model, clip, vae, bake_scan_orders: bool = False) -> CheckpointFile:
+    """What a host's MODEL, CLIP and VAE are in memory, with LoRAs and merges worked in; the latter two may be None.
+
+    Raises:
+        ValueError: one of them is of another kind, or does not belong to the model.
+    """
+    as_zigma(model)
+    _check_patches(model)
+    file = model.model.zigma_file
+    if bake_scan_orders and any(schedule_of(model, file.config.depth)):
+        file = dataclasses.replace(file, token_orders=current_orders(model))
+    return dataclasses.replace(
+        file, state_dict=_weights(model, "diffusion_model"),
+        text_config=None if clip is None else text_config_of(clip, file.config.d_context),
+        text_state=None if clip is None else _text_weights(clip),
+        vae_state=None if vae is None or file.latent.pixel_space else _vae_weights(vae, file.latent.channels),
+    )  # fmt: skip
 
 
 def _check_patches(model) -> None:

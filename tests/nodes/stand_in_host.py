@@ -54,6 +54,10 @@ class _Schema:
     not_idempotent: bool = False
 
 
+def _kind(name: str) -> type:
+    return type(name, (), {side: type(side, (_Slot,), {"io_type": name.upper()}) for side in ("Input", "Output")})
+
+
 class _IO(types.ModuleType):
     """`io`: any name is a type of socket with Input and Output, but for the few that are something else."""
 
@@ -64,11 +68,15 @@ class _IO(types.ModuleType):
     class ComfyNode:
         """Base of every node."""
 
+    @staticmethod
+    def Custom(io_type: str) -> type:
+        """A type of socket that the pack makes up."""
+        return _kind(io_type)
+
     def __getattr__(self, name: str):
         if name.startswith("__"):
             raise AttributeError(name)
-        made = {side: type(side, (_Slot,), {"io_type": name.upper()}) for side in ("Input", "Output")}
-        kind = type(name, (), made)
+        kind = _kind(name)
         setattr(self, name, kind)
         return kind
 

@@ -130,9 +130,15 @@ def _reads_captions(settings: Settings, base: CheckpointFile | None, dataset: Da
 
 
 def make_trainer(
-    plan: Plan, processes: OneProcess | ManyProcesses | None = None, progress: Progress | None = None
+    plan: Plan, processes: OneProcess | ManyProcesses | None = None, progress: Progress | None = None, texts=None
 ) -> Trainer:
     """Encode the pictures (or read them from the cache) and make the run.
+
+    Args:
+        plan: of the run.
+        processes: this process, or this one of many; None is one on the CPU.
+        progress: called while pictures and captions are encoded.
+        texts: a frozen text encoder in place of [text] clip, with encode(texts) -> features (n, m, d).
 
     Raises:
         ValueError: the data do not fit the model, or too few are left to learn from.
@@ -165,7 +171,9 @@ def make_trainer(
         adapters = add_adapters(
             subject.net.model, _adapter_settings(settings), torch.Generator().manual_seed(settings.run.seed)
         )  # fmt: skip
-    conditions, clip = _conditions(plan, subject, described, folder, device, progress)
+    if plan.autoencoder is not None:
+        plan.autoencoder.to(device)  # where sheets are decoded
+    conditions, clip = _conditions(plan, subject, described, folder, device, progress, texts)
     trainer = Trainer(
         settings, subject, examples, conditions, adapters=adapters, autoencoder=plan.autoencoder, processes=processes,
         facts=_facts(plan),
@@ -233,7 +241,7 @@ def _adapter_settings(settings: Settings) -> AdapterSettings:
     )  # fmt: skip
 
 
-def _conditions(plan: Plan, subject: Subject, described, folder: Path, device, progress: Progress | None):
+def _conditions(plan: Plan, subject: Subject, described, folder: Path, device, progress: Progress | None, given):
     """(the conditions, the frozen text encoder or None)"""
     settings, kind = plan.settings, subject.kind
     if kind == "none":
@@ -246,17 +254,18 @@ def _conditions(plan: Plan, subject: Subject, described, folder: Path, device, p
         return Labels(described, settings.text, null if subject.condition.has_null else None), None
     if kind == "words":
         return Texts.of_words(described, settings.text, subject.net.text_encoder), None
-    clip = ClipTextEncoder(settings.text.clip, device)
-    width = clip.model.config.hidden_size
+    clip = given or ClipTextEncoder(settings.text.clip, device)
+    width = clip.encode([""]).shape[-1]
     if width != subject.net.model.config.d_context:
         raise ValueError(
-            f"the text encoder {settings.text.clip} makes features of width {width}, but the model takes "
-            f"{subject.net.model.config.d_context}: give the encoder that it was trained with as [text] clip"
+            f"the text encoder {'that is connected' if given else settings.text.clip} makes features of width {width}, "
+            f"but the model takes {subject.net.model.config.d_context}: give the encoder that it was trained with"
+            + " as [text] clip" * (given is None)
         )
     texts = Texts(described, settings.text, lambda text: features[text])
     sides = (False, True) if settings.data.flips else (False,)
     every = ["", *(text for i in range(len(described)) for side in sides for text in texts.texts(i, side))]
-    cache = LatentCache(folder / "text", autoencoder_digest(clip.model))
+    cache = None if given else LatentCache(folder / "text", autoencoder_digest(clip.model))
     features = encode_texts(every, clip.encode, cache=cache, progress=named(progress, "encoding captions"))
     return texts, clip
 

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import logging
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -73,10 +74,15 @@ def sheet_prompts(trainer: Trainer) -> list | None:
     return texts[:: max(1, len(texts) // 24)][:24]
 
 
-def save_sheet(trainer: Trainer, path: Path | None = None) -> Path | None:
+def save_sheet(
+    trainer: Trainer, path: Path | None = None, progress: Callable[[int, int], None] | None = None
+) -> Path | None:
     """Draw the prompts with the averaged weights, always from the same noise; None where nothing can be decoded.
 
-    The file is samples/<step>.png in the run's folder unless another path is given.
+    Args:
+        trainer: of the run.
+        path: of the file; samples/<step>.png in the run's folder unless another is given.
+        progress: called as progress(done, total) before each step of the sampling.
     """
     table, format = trainer.settings.samples, trainer.examples.format
     if trainer.autoencoder is None and not format.pixel_space:
@@ -85,7 +91,9 @@ def save_sheet(trainer: Trainer, path: Path | None = None) -> Path | None:
     guidance = table.guidance if trainer.subject.condition.has_null else 1.0
     settings = SamplingSettings(steps=table.steps, solver=table.solver, guidance=guidance)
     with averaged_bundle(trainer) as bundle:
-        images = sample(bundle, prompts, count=table.count, seed=table.seed, settings=settings, batch_size=12)
+        images = sample(
+            bundle, prompts, count=table.count, seed=table.seed, settings=settings, batch_size=12, progress=progress
+        )
     names = [str(prompt) or "(empty)" for prompt in prompts or [""] for _ in range(table.count)]
     if images.dim() == 5:  # videos: their frames one after another
         names = [f"{name}, {f}" for name in names for f in range(images.shape[1])]

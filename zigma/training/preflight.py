@@ -29,13 +29,14 @@ class Preflight:
         kind: of the data. count: samples that can be used. captioned: of these, with a caption.
         frames: least and most of a clip; (0, 0) for pictures.
         sizes: (least, median, most) of the samples' (height, width), by area.
-        targets: (height, width) at which each sample is trained. buckets: how many samples have each.
+        targets: (height, width) at which each sample is trained. buckets: how many samples have each; empty where
+            nobody knows yet.
         upscaled: names of samples that are smaller than that. missing_captions: names.
         unreadable: (name, reason). duplicates: groups of names. labels: samples of each class, by its name.
         notes: what reading the data has said.
         held_out: samples kept for validation.
         variants: crops and flips of a sample.
-        batch_size, steps_per_epoch: of the order of the batches.
+        batch_size, steps_per_epoch: of the order of the batches; 0 where nobody knows yet.
         problems: sentences that forbid to begin, each with what to do. warnings: sentences to know.
     """
 
@@ -74,10 +75,12 @@ class Preflight:
         least, median, most = (_size(size) for size in self.sizes)
         lines.append(f"  sizes: {least} to {most}, median {median}")
         buckets = [f"{_size(size)}: {count}" for size, count in self.buckets.items()]
-        lines.append(f"  trained at: {listed(buckets, _BUCKETS)}")
+        if buckets:
+            lines.append(f"  trained at: {listed(buckets, _BUCKETS)}")
         if self.variants > 1:
             lines.append(f"  variants of each: up to {self.variants} (crops, flips)")
-        lines.append(f"  steps in an epoch: {self.steps_per_epoch:.4g} of {self.batch_size}")
+        if self.batch_size:
+            lines.append(f"  steps in an epoch: {self.steps_per_epoch:.4g} of {self.batch_size}")
         if self.duplicates:
             lines.append(f"Duplicates ({len(self.duplicates)} groups):")
             lines += _entries([" = ".join(names) for names in self.duplicates])

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from PIL import Image
 
+from .loss_drawing import loss_plot
 from .run_folder import RunFolder
 from .settings import Settings, to_toml
 
-__all__ = ["loss_plot", "write_report"]
+__all__ = ["write_report"]
 
 log = logging.getLogger(__name__)
 
@@ -23,47 +24,6 @@ STYLE = (
     "img{max-width:100%;border:1px solid #e2e5e9}pre{background:#f5f6f8;padding:.8rem;overflow:auto;font-size:13px}"
     "figure{margin:1rem 0}figcaption{color:#787c82}"
 )
-
-
-def loss_plot(entries: list[dict], size: tuple[int, int] = (900, 420)) -> Image.Image:
-    """The losses of a log's entries (RunFolder.log_entries), and the validation losses, as a picture.
-
-    Raises:
-        ImportError: matplotlib is not installed. ValueError: there is nothing to draw.
-    """
-    training = [(entry["step"], entry["loss"]) for entry in entries if entry.get("loss") is not None]
-    validation = [(entry["step"], entry["validation_loss"]) for entry in entries if "validation_loss" in entry]
-    if not training and not validation:
-        raise ValueError("the log has no losses yet: train some steps first")
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("drawing losses needs matplotlib: pip install matplotlib") from error
-    figure = Figure(figsize=(size[0] / 100, size[1] / 100), dpi=100, layout="constrained")
-    axes = figure.add_subplot()
-    if training:
-        steps, losses = zip(*training, strict=True)
-        axes.plot(steps, losses, color="#9ec5e8", linewidth=1, label="loss")
-        axes.plot(steps, _smooth(losses), color="#1f77b4", linewidth=1.8, label="loss, smoothed")
-    if validation:
-        axes.plot(*zip(*validation, strict=True), "o-", color="#d9730d", markersize=4, label="validation loss")
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return Image.frombuffer("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba())).convert("RGB")
-
-
-def _smooth(values: tuple[float, ...], weight: float = 0.9) -> list[float]:
-    """Exponential mean without the pull towards its first value."""
-    smoothed, mean, norm = [], 0.0, 0.0
-    for value in values:
-        mean, norm = weight * mean + (1 - weight) * value, weight * norm + (1 - weight)
-        smoothed.append(mean / norm)
-    return smoothed
 
 
 def write_report(folder: RunFolder, settings: Settings, model: Path, data: str) -> Path:
@@ -90,7 +50,7 @@ def write_report(folder: RunFolder, settings: Settings, model: Path, data: str) 
     parts = [f"<h1>{html.escape(folder.path.name)}</h1><p>{'; '.join(fact for fact in facts if fact)}.</p>"]
     try:
         parts.append(_figure(loss_plot(entries), "Loss against steps"))
-    except (ImportError, ValueError) as error:
+    except ValueError as error:
         parts.append(f"<p>No curve: {html.escape(str(error))}.</p>")
     sheets = sorted((folder.path / "samples").glob("*.png"))
     chosen = sheets[:-1][:: max(1, (len(sheets) - 1) // SHEETS)][:SHEETS] if len(sheets) > 1 else []

@@ -51,8 +51,10 @@ def ticks(least: float, most: float, count: int, whole: bool = False) -> list[fl
     >>> ticks(0, 300, 4, whole=True), ticks(0.21, 0.84, 4)
     ([0, 100, 200, 300], [0.2, 0.4, 0.6, 0.8, 1.0])
     """
-    span = most - least or max(abs(most), 1e-9)
-    rough = span / max(count, 2)
+    if most - least < 1e-6 * max(abs(most), 1e-6):  # one value, or as good as one
+        wide = abs(most) / 2 or 1.0
+        least, most = least - wide, most + wide
+    rough = (most - least) / max(count, 2)
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.999)
     if whole:

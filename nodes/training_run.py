@@ -204,11 +204,12 @@ def train(settings: Settings, clip=None, *, sample_every: int = 0, say: Callable
     # Training needs the memory, and the host has its models in their own files or in the run's base.
     comfy.model_management.unload_all_models()
     comfy.model_management.soft_empty_cache()
-    bar, device = comfy.utils.ProgressBar(settings.run.steps), comfy.model_management.get_torch_device()
+    device = comfy.model_management.get_torch_device()
+    bars: dict[str, comfy.utils.ProgressBar] = {}  # one would not be drawn while a later stage is behind an earlier one
 
     def progress(what: str, done: int, total: int) -> None:
         _ask()
-        bar.update_absolute(done, total)
+        bars.setdefault(what, comfy.utils.ProgressBar(total)).update_absolute(done, total)
 
     # Nodes run in inference mode, whose tensors cannot be trained.
     with torch.inference_mode(False), torch.enable_grad(), _randomness_of_its_own():
@@ -224,7 +225,7 @@ def train(settings: Settings, clip=None, *, sample_every: int = 0, say: Callable
                 trainer.resume()
             except ValueError as error:
                 raise ValueError(f"choose another run_name, or: {error}") from error
-            _follow(trainer, bar, sample_every, say)
+            _follow(trainer, sample_every, say)
             return _finish(trainer, plan)
 
 
@@ -242,9 +243,10 @@ def _check_prompts(trainer: Trainer) -> None:
         trainer.subject.condition.label(label, trainer.net.model.config.num_classes)
 
 
-def _follow(trainer: Trainer, bar, sample_every: int, say: Callable[[str], None]) -> None:
+def _follow(trainer: Trainer, sample_every: int, say: Callable[[str], None]) -> None:
     """Train, showing what can be seen on the way; the host's interruption passes on when the checkpoint is written."""
     run, interruption, told = trainer.settings.run, None, 0.0
+    bar = comfy.utils.ProgressBar(run.steps)
     trackers = Trackers(trainer.folder, run, dataclasses.asdict(trainer.settings), progress=False)
 
     def on_step(trainer: Trainer, loss: float) -> None:

@@ -85,14 +85,15 @@ def check_a_lora_trained_here_draws_what_it_draws_without_a_host(pack):
 
 def stopped_at(step: int, of: int, action: Callable) -> None:
     """Run an action, press Stop when its progress stands at a step, and let the host's exception through."""
-    pressed = []
+    update, pressed = comfy.utils.ProgressBar.update_absolute, []
 
-    def hook(value, total, preview, **_) -> None:
+    def watched(bar, value, total=None, preview=None) -> None:
+        update(bar, value, total, preview)
         if (value, total) == (step, of):
             pressed.append(value)
             management.interrupt_current_processing()
 
-    comfy.utils.set_progress_bar_global_hook(hook)
+    comfy.utils.ProgressBar.update_absolute = watched
     try:
         action()
     except management.InterruptProcessingException:
@@ -100,7 +101,7 @@ def stopped_at(step: int, of: int, action: Callable) -> None:
     else:
         raise AssertionError("Stop did not stop it")
     finally:
-        comfy.utils.set_progress_bar_global_hook(None)
+        comfy.utils.ProgressBar.update_absolute = update
     assert not management.processing_interrupted()
 
 

@@ -283,9 +283,10 @@ def fine_tune(g: Graph) -> None:
     g.note(
         "**Fine-tuning.** ZigMa Train makes a LoRA for the demo model from six pictures, *badges*, which come with the "
         "pack; it takes about a minute on two cores. Then the same prompts and seeds are drawn without it and with "
-        "it: *apple* is among the six, *owl* is not.\n\n**Your own pictures:** a folder in `input`, with a `.txt` "
-        "beside each picture that says what it shows; its name as `folder`, and another `run_name`.\n\n**Stop** keeps "
-        "what was learnt: queue again, and it goes on. ZigMa Save LoRA puts the file into `models/loras`.",
+        "it: *apple* is among the six, *owl* and *strawberry* are not.\n\n**Your own pictures:** a folder in `input`, "
+        "with a `.txt` beside each picture that says what it shows; its name as `folder`, and another "
+        "`run_name`.\n\n**Stop** keeps what was learnt: queue again, and it goes on. ZigMa Save LoRA puts the file "
+        "into `models/loras`.",
         0,
     )
     model = _loaded(g)
@@ -294,8 +295,8 @@ def fine_tune(g: Graph) -> None:
         "ZigMaTrain", 1, model=model[0], dataset=data[0], steps=150, batch_size=6, run_name="badges", sample_every=50,
         prompts="apple\nowl\nheart\npanda face", clip=model[1], vae=model[2],
     )  # fmt: skip
-    latent = g.add("ZigMaEmptyLatent", 1, model=model[0], batch_size=2)
-    prompts = ("apple", "owl")
+    latent = g.add("ZigMaEmptyLatent", 1, model=model[0])
+    prompts = ("apple", "owl", "strawberry")
     decoded = []
     for title, source in (("before", model[0]), ("after", trained[0])):
         for prompt in prompts:
@@ -306,9 +307,9 @@ def fine_tune(g: Graph) -> None:
             )  # fmt: skip
             decoded.append(g.add("ZigMaVAEDecode", 4, samples=drawn[0], vae=model[2])[0])
     more = {f"images_{number}": images for number, images in enumerate(decoded[1:], 2)}
-    captions = [f"{prompt}, {title}" for title in ("before", "after") for prompt in prompts for _ in range(2)]
+    captions = [f"{prompt}, {title}" for title in ("before", "after") for prompt in prompts]
     sheet = g.add(
-        "ZigMaPictureSheet", 5, images=decoded[0], **more, captions="\n".join(captions), columns=4, enlarge=3,
+        "ZigMaPictureSheet", 5, images=decoded[0], **more, captions="\n".join(captions), columns=3, enlarge=3,
         title="Before and after 150 steps on six pictures",
     )  # fmt: skip
     _saved(g, sheet[0], 6, "fine_tune")

@@ -57,8 +57,9 @@ class ZigMaTrain(io.ComfyNode):
                     tooltip="Size of a lora or lokr: 8 is enough for a style, 32 for several subjects. Not for full.",
                 ),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=0xFFFFFFFF,
-                    tooltip="Of everything random in the training. Leave it fixed: another seed is another run.",
+                    # Not "seed": a canvas draws a new one of that name after each run, and a run goes on with its own.
+                    "training_seed", default=0, min=0, max=0xFFFFFFFF,
+                    tooltip="Of everything random in the training. Another seed is another run.",
                 ),
                 io.Combo.Input(
                     "precision", options=["fp32", "bf16"], default="fp32",
@@ -105,17 +106,20 @@ class ZigMaTrain(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, dataset, method: str, steps: int, batch_size: int, learning_rate: float, rank: int, seed: int,
-        precision: str, run_name: str, caption_dropout: float, sample_every: int, prompts: str, clip=None, vae=None,
+        cls, model, dataset, method: str, steps: int, batch_size: int, learning_rate: float, rank: int,
+        training_seed: int, precision: str, run_name: str, caption_dropout: float, sample_every: int, prompts: str,
+        clip=None, vae=None,
     ) -> io.NodeOutput:  # fmt: skip
         """Write what the graph gives into the run's folder, train, and bring back what came of it."""
         as_zigma(model)
+        if steps < 1:
+            raise ValueError(f"set steps to 1 or more: got {steps}")
         folder = folder_of(run_name)
         base = base_of(model, clip, vae, folder)
         settings = settings_of(
             folder, base, model.model.zigma_file, dataset, method=method, steps=steps, batch_size=batch_size,
-            learning_rate=learning_rate, rank=rank, seed=seed, precision=precision, caption_dropout=caption_dropout,
-            prompts=prompts,
+            learning_rate=learning_rate, rank=rank, seed=training_seed, precision=precision,
+            caption_dropout=caption_dropout, prompts=prompts,
         )  # fmt: skip
         texts = clip if model.model.zigma_file.config.has_text else None
         done = train(settings, texts, sample_every=sample_every, say=functools.partial(tell, node=cls))

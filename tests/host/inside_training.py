@@ -45,7 +45,7 @@ def trained(pack, parts, run_name: str, **changes):
         shutil.rmtree(RUNS / run_name, ignore_errors=True)
     data = changes.pop("data", None) or dataset(pack, pictures())[0]
     given = {
-        "method": "lora", "steps": 6, "batch_size": 2, "learning_rate": 0.05, "rank": 4, "seed": 1,
+        "method": "lora", "steps": 6, "batch_size": 2, "learning_rate": 0.05, "rank": 4, "training_seed": 1,
         "precision": "fp32", "caption_dropout": 0.1, "sample_every": 0, "prompts": "red fox",
     }  # fmt: skip
     model, clip, vae = parts
@@ -277,7 +277,7 @@ def check_mistakes_in_training_are_sentences(pack):
         (lambda: dataset(pack, images=torch.rand(3, 8, 8, 3), captions="a\nb"), "got 2 lines for 3 pictures"),
         (lambda: dataset(pack, pictures(), captions="a"), "leave captions empty"),
         (lambda: trained(pack, parts, "wrong", batch_size=5), "batch of 5 is larger than the 4"),
-        (lambda: trained(pack, parts, "wrong", steps=0), "steps is 0, expected at least 1"),
+        (lambda: trained(pack, parts, "wrong", steps=0), "set steps to 1 or more: got 0"),
         (lambda: trained(pack, parts, "a/b", again=True), "plain name", "'a/b'"),
         (lambda: trained(pack, parts, "..", again=True), "plain name"),
         (lambda: trained(pack, (model, clip, None), "wrong"), "connect vae"),
@@ -300,6 +300,6 @@ def check_mistakes_in_training_are_sentences(pack):
     other = loaded(pack, "kind_shared.safetensors")
     refused(lambda: trained(pack, other, "taken", again=True), "choose another run_name", "another model")
     refused(lambda: trained(pack, parts, "taken", again=True, method="full"), "choose another run_name", "[adapter]")
-    refused(lambda: trained(pack, parts, "taken", again=True, seed=5), "choose another run_name", "seed: 1 -> 5")
+    refused(lambda: trained(pack, parts, "taken", again=True, training_seed=5), "another run_name", "seed: 1 -> 5")
     data = dataset(pack, "badges", size=32)[0]
     refused(lambda: trained(pack, parts, "taken", again=True, data=data), "the pictures of", "have changed")

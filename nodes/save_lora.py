@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import folder_paths
 from comfy_api.latest import io
 from safetensors import SafetensorError, safe_open
 
+from ..zigma.atomic_file import replacing
 from .schema import schema
 from .shown_text import shown
 
@@ -50,12 +50,8 @@ class ZigMaSaveLora(io.ComfyNode):
         prefix = filename_prefix.replace("%run%", source.parent.name)
         folder, name, number, _, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_folder_paths("loras")[0])
         path = Path(folder) / f"{name}_{number:05}_.safetensors"
-        partial = path.with_suffix(".partial")
-        try:
-            shutil.copyfile(source, partial)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing(path) as target, source.open("rb") as content:
+            shutil.copyfileobj(content, target)
         return shown(str(path), cls)
 
 

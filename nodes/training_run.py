@@ -251,7 +251,7 @@ def _follow(trainer: Trainer, sample_every: int, say: Callable[[str], None]) -> 
 
     def on_step(trainer: Trainer, loss: float) -> None:
         nonlocal interruption, told
-        trackers.step(trainer.step, loss, trainer.seconds / 60, trainer.optimizer.optimizers[-1].param_groups[0]["lr"])
+        trackers.follow(trainer, loss)
         try:
             _ask()
             preview = None

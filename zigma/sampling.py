@@ -96,20 +96,14 @@ def sample(
         raise ValueError("there is no autoencoder to decode the latents: give one, or use the file in ComfyUI")
     condition, null = _conditions(bundle, prompts, negative, settings.guidance)
     if noise is not None:
-        if count != 1 or (condition is not None and len(condition) != len(noise)):
-            prompted = 0 if condition is None else len(condition)
-            raise ValueError(
-                f"got {len(noise)} noises for {prompted} prompts and count {count}, but expected one for each prompt "
-                "and count 1"
-            )
-        noise = noise.to(next(bundle.model.parameters()).device)
+        noise = _given_noise(bundle, noise, condition, count)
     else:
         noise = initial_noise(bundle, count, seed)
         if condition is not None:
             noise = noise.repeat(len(condition), *[1] * (noise.dim() - 1))
             condition = condition.repeat_interleave(count, dim=0)
 
-    starts, done = range(0, len(noise), batch_size), 0
+    flow, starts, done = flow_of(bundle.metadata), range(0, len(noise), batch_size), 0
     total = 0 if settings.solver == "dopri5" else len(starts) * settings.steps
 
     def on_step(*_) -> None:
@@ -123,12 +117,22 @@ def sample(
         part = slice(start, start + batch_size)
         y = None if condition is None else condition[part]
         velocity = classifier_free(bundle.model, y, null, settings.guidance)
-        velocity = linear_velocity(velocity, *flow_of(bundle.metadata))
+        velocity = linear_velocity(velocity, *flow)
         latents = solve_ode(velocity, noise[part], settings.steps, settings.solver, callback=on_step)
         pictures.append(_decode(bundle, latents).float().cpu())
     if progress is not None:
         progress(done, done)
     return torch.cat(pictures)
+
+
+def _given_noise(bundle: Bundle, noise: torch.Tensor, condition: torch.Tensor | None, count: int) -> torch.Tensor:
+    if count != 1 or (condition is not None and len(condition) != len(noise)):
+        prompted = 0 if condition is None else len(condition)
+        raise ValueError(
+            f"got {len(noise)} noises for {prompted} prompts and count {count}, but expected one for each prompt and "
+            "count 1"
+        )
+    return noise.to(next(bundle.model.parameters()).device)
 
 
 def flow_of(metadata: Mapping[str, str]) -> tuple[Path, str]:

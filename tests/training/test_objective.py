@@ -13,7 +13,8 @@ from zigma.flow import PATHS, flow_loss
 from zigma.training.average import Average
 from zigma.training.captions import Described, Labels, Texts
 from zigma.training.objective import Objective
-from zigma.training.optimizers import make_optimizer, schedule
+from zigma.training.optim import schedule
+from zigma.training.optimizers import make_optimizer
 from zigma.training.tables import FlowTable, OptimizerTable, TextTable
 
 
@@ -83,11 +84,10 @@ def test_the_checkpoint_of_the_least_validation_loss_stays(tmp_path):
 
 @pytest.mark.parametrize("name", ["constant", "cosine", "linear"])
 def test_schedules_warm_up_hold_and_fall(name):
-    table = OptimizerTable(schedule=name, warmup=0.1, hold=0.4)
-    assert [schedule(p, table) for p in (0.0, 0.05, 0.1, 0.3)] == pytest.approx([0, 0.5, 1, 1])
+    assert [schedule(p, name, 0.1, 0.4) for p in (0.0, 0.05, 0.1, 0.3)] == pytest.approx([0, 0.5, 1, 1])
     middle = {"constant": 1.0, "linear": 0.5, "cosine": 0.5 * (1 + math.cos(math.pi / 2))}[name]
-    assert schedule(0.7, table) == pytest.approx(middle)
-    assert schedule(1.0, table) == pytest.approx(1.0 if name == "constant" else 0.0)
+    assert schedule(0.7, name, 0.1, 0.4) == pytest.approx(middle)
+    assert schedule(1.0, name, 0.1, 0.4) == pytest.approx(1.0 if name == "constant" else 0.0)
 
 
 def test_matrices_are_decayed_and_nothing_else(tmp_path):

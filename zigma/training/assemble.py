@@ -18,7 +18,7 @@ from torch import Tensor
 from ..autoencoder import Autoencoder
 from ..checkpoint import CheckpointFile
 from ..latent_format import LatentFormat
-from ..text import ClipTextEncoder, split_words
+from ..text import ClipTextEncoder
 from .adapters import DEFAULT_TARGETS, AdapterSettings, add_adapters
 from .captions import Described, Labels, NoConditions, Texts
 from .dataset import Dataset, read_dataset
@@ -71,6 +71,8 @@ def make_plan(settings: Settings, progress: Progress | None = None) -> Plan:
     dataset = read_dataset(
         Path(data.path), data.kind, categories=data.categories, progress=named(progress, "opening pictures")
     )
+    if data.names_as_captions:
+        dataset = dataset.captioned_by_name()
     downscale = _downscale(autoencoder)
     if base is not None and base.latent.downscale != downscale:
         raise ValueError(
@@ -88,8 +90,6 @@ def make_plan(settings: Settings, progress: Progress | None = None) -> Plan:
         crops=data.crops, frames=frames, captions_needed=_reads_captions(settings, base, dataset),
         labels_needed=base is not None and base.config.conditioning == "class",
     )  # fmt: skip
-    if settings.data.names_as_captions:
-        preflight.warnings = [line for line in preflight.warnings if "have no caption" not in line]
     return Plan(settings, dataset, base, autoencoder, preflight.targets, downscale, preflight)
 
 
@@ -145,7 +145,7 @@ def make_trainer(
     """
     settings, dataset = plan.settings, plan.dataset
     device = torch.device("cpu") if processes is None else processes.device
-    described = [_described(settings, sample) for sample in dataset.samples]
+    described = [Described(tuple(sample.captions), sample.style, sample.label) for sample in dataset.samples]
     digest = autoencoder_digest(plan.autoencoder)
     folder = Path(settings.data.cache) if settings.data.cache else Path(settings.run.folder) / "cache"
     frames = plan.base.config.video_frames if plan.base is not None else 0
@@ -174,19 +174,10 @@ def make_trainer(
     if plan.autoencoder is not None:
         plan.autoencoder.to(device)  # where sheets are decoded
     conditions, clip = _conditions(plan, subject, described, folder, device, progress, texts)
-    trainer = Trainer(
+    return Trainer(
         settings, subject, examples, conditions, adapters=adapters, autoencoder=plan.autoencoder, processes=processes,
-        facts=_facts(plan),
+        facts=_facts(plan), clip=clip,
     )  # fmt: skip
-    trainer.clip = clip
-    return trainer
-
-
-def _described(settings: Settings, sample) -> Described:
-    captions = sample.captions
-    if not captions and settings.data.names_as_captions:
-        captions = (" ".join(split_words(Path(sample.name).stem)),)
-    return Described(tuple(captions), sample.style, sample.label)
 
 
 def _own_format(moments: tuple[Tensor, Tensor], plan: Plan, channels: int) -> LatentFormat:

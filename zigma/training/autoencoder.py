@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from ..autoencoder import TinyAutoencoder
 from .emoji import CATEGORIES, PackedPictures, read_packed
-from .optim import MatrixMuon, OptimizerGroup, cosine_with_warmup, split_parameters
+from .optim import MatrixMuon, OptimizerGroup, schedule, split_parameters
 
 __all__ = ["AutoencoderRecipe", "AutoencoderTrainer", "picture_loss", "psnr"]
 
@@ -136,7 +136,7 @@ class AutoencoderTrainer:
         """One update; returns the picture loss."""
         r = self.recipe
         images = self.batch()
-        self.optimizer.set_lr_scale(cosine_with_warmup(self.progress))
+        self.optimizer.set_lr_scale(schedule(self.progress))
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=r.bf16):
             latents = self.model.encode(images)
             noise = torch.randn(latents.shape, generator=self.generator) * r.latent_noise

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from .preflight import estimate
 from .processes import ManyProcesses, OneProcess, find_processes
 from .progress import progress_bars
 from .report import write_report
+from .run_folder import RunFolder
 from .settings import Settings
 from .trackers import Trackers
 from .trainer import Trainer
@@ -27,8 +28,6 @@ from .trainer import Trainer
 __all__ = ["shipped_configurations", "train"]
 
 log = logging.getLogger(__name__)
-
-INTERRUPTED = 130
 
 
 def shipped_configurations() -> dict[str, Path]:
@@ -54,6 +53,14 @@ def train(
     """
     processes = processes or find_processes(settings.run.device)
     first = processes.rank == 0
+    # Before the data are looked at: a second run in the folder is refused at once.
+    holding = RunFolder(Path(settings.run.folder)).locked() if first and not dry_run else nullcontext()
+    with holding:
+        yield from _whole_run(settings, dry_run, processes, show)
+
+
+def _whole_run(settings: Settings, dry_run: bool, processes, show: bool) -> Iterator[str]:
+    first = processes.rank == 0
     with progress_bars(show and first) as progress:
         plan = make_plan(settings, progress)
         if plan.preflight.problems and not dry_run:
@@ -65,24 +72,21 @@ def train(
         yield plan.preflight.text(lines)
     if dry_run:
         return
+    trainer.resume()
     if not first:
-        trainer.resume()
         _run(trainer, None)
         return
-    with trainer.folder.locked():
-        trainer.resume()
-        trackers = Trackers(trainer.folder, settings.run, dataclasses.asdict(settings), show)
-        try:
-            finished = _run(trainer, trackers)
-        finally:
-            trackers.close()
-        if not finished:
-            yield f"stopped at step {trainer.step}, with a checkpoint: the same command goes on from there"
-            raise KeyboardInterrupt
-        sheet = save_sheet(trainer)
-        path = export(trainer, sheet)
-        yield str(write_report(trainer.folder, settings, path, plan.preflight.text()))
-        yield str(path)
+    trackers = Trackers(trainer.folder, settings.run, dataclasses.asdict(settings), show)
+    try:
+        finished = _run(trainer, trackers)
+    finally:
+        trackers.close()
+    if not finished:
+        yield f"stopped at step {trainer.step}, with a checkpoint: the same command goes on from there"
+        raise KeyboardInterrupt
+    path = export(trainer, save_sheet(trainer))
+    yield str(write_report(trainer.folder, settings, path, plan.preflight.text()))
+    yield str(path)
 
 
 def trainer_lines(plan: Plan, trainer: Trainer) -> list[str]:
@@ -140,17 +144,13 @@ def _peak(device: torch.device) -> int:
 def _run(trainer: Trainer, trackers: Trackers | None) -> bool:
     """Train, with everything that happens on the way."""
     samples = trainer.settings.samples
-    last_sheet, known = time.monotonic(), trainer.validation
+    last_sheet = time.monotonic()
 
     def on_step(trainer: Trainer, loss: float) -> None:
-        nonlocal last_sheet, known
+        nonlocal last_sheet
         if trackers is None:
             return
-        lr = trainer.optimizer.optimizers[-1].param_groups[0]["lr"]
-        trackers.step(trainer.step, loss, trainer.seconds / 60, lr)
-        if trainer.validation != known:
-            known = trainer.validation
-            trackers.validation(trainer.step, known)
+        trackers.follow(trainer, loss)
         if samples.every and time.monotonic() - last_sheet > 60 * samples.every:
             path = save_sheet(trainer)
             if path is not None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from ..text import split_words
 from .caption_files import Notes, natural_key
 from .data_sources import (
     METADATA,
@@ -96,6 +97,15 @@ class Dataset:
                 parts = [hashlib.sha256(_bytes_of(sample, n)[0]).hexdigest() for n in range(len(sample.files))]
             self.digests[sample.name] = _joined(parts)
         return self.digests[sample.name]
+
+    def captioned_by_name(self) -> Dataset:
+        """The same data, samples without a caption captioned by the words of their files' names."""
+
+        def named(sample: Sample) -> Sample:
+            words = " ".join(split_words(Path(sample.name).stem))
+            return sample if sample.captions else dataclasses.replace(sample, captions=(words,) if words else ())
+
+        return dataclasses.replace(self, samples=[named(sample) for sample in self.samples])
 
     def subset(self, indices: Iterable[int]) -> Dataset:
         """The same data with only these samples."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-__all__ = ["MatrixMuon", "OptimizerGroup", "cosine_with_warmup", "split_parameters"]
+__all__ = ["MatrixMuon", "OptimizerGroup", "schedule", "split_parameters"]
 
 
 def _as_matrix(tensor: torch.Tensor, like: torch.Tensor | None = None) -> torch.Tensor:
@@ -102,11 +102,15 @@ class OptimizerGroup:
             optimizer.load_state_dict(state)
 
 
-def cosine_with_warmup(progress: float, warmup: float = 0.02, hold: float = 0.0) -> float:
-    """Learning-rate factor at `progress` in [0, 1]: linear warm-up, a plateau until `hold`, then cosine to zero."""
+def schedule(progress: float, kind: str = "cosine", warmup: float = 0.02, hold: float = 0.0) -> float:
+    """Learning-rate factor at `progress` in [0, 1]: linear warm-up, a plateau until `hold`, then the fall to zero.
+
+    kind: of the fall, "cosine" or "linear"; "constant" is none.
+    """
     if progress < warmup:
         return progress / warmup
     start = max(warmup, hold)
-    if progress < start:
+    if kind == "constant" or progress < start:
         return 1.0
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - start) / (1 - start))))
+    rest = min(1.0, (progress - start) / max(1 - start, 1e-9))
+    return 1 - rest if kind == "linear" else 0.5 * (1 + math.cos(math.pi * rest))

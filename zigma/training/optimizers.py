@@ -1,11 +1,9 @@
-"""Optimisers by name, and the learning rate's schedule.
+"""Optimisers by name.
 
 Optimisers beyond torch's come from their own packages, which are asked for when they are chosen.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import nn
@@ -13,7 +11,7 @@ from torch import nn
 from .optim import MatrixMuon, OptimizerGroup
 from .tables import OptimizerTable
 
-__all__ = ["make_optimizer", "schedule"]
+__all__ = ["make_optimizer"]
 
 # The blocks' projections act as matrices on every token; the other matrices are embeddings or follow the condition.
 MUON_WEIGHTS = ("in_proj.weight", "out_proj.weight", "to_q.weight", "to_v.weight", "to_out.0.weight")
@@ -65,13 +63,3 @@ def _package(module: str, name: str, chosen: str):
             f"[optimizer] name {chosen!r} needs the package {package} ({error}): pip install {package}, or take 'adamw'"
         ) from error
 
-
-def schedule(progress: float, table: OptimizerTable) -> float:
-    """Factor of the learning rate at `progress` in [0, 1]: linear warm-up, a plateau, then the fall to zero."""
-    if progress < table.warmup:
-        return progress / table.warmup
-    start = max(table.warmup, table.hold)
-    if table.schedule == "constant" or progress < start:
-        return 1.0
-    rest = min(1.0, (progress - start) / max(1 - start, 1e-9))
-    return 1 - rest if table.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * rest))

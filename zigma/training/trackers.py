@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .run_folder import RunFolder
 from .tables import RunTable
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
 
 __all__ = ["Trackers"]
 
@@ -40,8 +43,13 @@ class Trackers:
         if table.wandb:
             self._wandb = _wandb_run(folder.path, settings)
 
-    def step(self, step: int, loss: float, minutes: float, lr: float) -> None:
-        """After an update."""
+    def follow(self, trainer: Trainer, loss: float) -> None:
+        """After an update: its loss, and the validation loss if there is a new one."""
+        self._step(trainer.step, loss, trainer.seconds / 60, trainer.optimizer.optimizers[-1].param_groups[0]["lr"])
+        if trainer.validated_at == trainer.step:
+            self._write({"step": trainer.step, "validation_loss": trainer.validation})
+
+    def _step(self, step: int, loss: float, minutes: float, lr: float) -> None:
         self._losses.append(loss)
         speed = step * self.table.batch_size / max(60 * minutes, 1e-9)
         self._bar.set_postfix(loss=f"{sum(self._losses[-50:]) / len(self._losses[-50:]):.4f}", img_s=f"{speed:.1f}")
@@ -51,10 +59,6 @@ class Trackers:
             mean = sum(finite) / len(finite) if finite else None
             self._losses = []
             self._write({"step": step, "minutes": round(minutes, 3), "loss": mean, "lr": lr})
-
-    def validation(self, step: int, loss: float) -> None:
-        """After a validation."""
-        self._write({"step": step, "validation_loss": loss})
 
     def sheet(self, step: int, path: Path) -> None:
         """After a sample sheet."""

@@ -31,7 +31,8 @@ from .average import Average
 from .buckets import BatchOrder
 from .captions import Labels, NoConditions, Texts
 from .objective import Objective
-from .optimizers import make_optimizer, schedule
+from .optim import schedule
+from .optimizers import make_optimizer
 from .processes import ManyProcesses, OneProcess
 from .run_folder import RunFolder
 from .settings import Settings, differences, settings_from, to_toml
@@ -88,6 +89,7 @@ class Trainer:
         autoencoder: for sheets and the finished file; None in pixel space.
         processes: this one, or this one of many.
         facts: about data and base model, for the finished file's metadata.
+        clip: the frozen text encoder of a run that has one, for sheets.
 
     Raises:
         ValueError: a batch that cannot be divided, nothing that learns.
@@ -96,11 +98,11 @@ class Trainer:
     def __init__(
         self, settings: Settings, subject: Subject, examples: Examples, conditions: Texts | Labels | NoConditions, *,
         adapters=None, autoencoder: Autoencoder | None = None, processes: OneProcess | ManyProcesses | None = None,
-        facts: dict | None = None,
+        facts: dict | None = None, clip=None,
     ) -> None:  # fmt: skip
         run = settings.run
         self.settings, self.subject, self.examples, self.conditions = settings, subject, examples, conditions
-        self.adapters, self.autoencoder, self.facts = adapters, autoencoder, facts or {}
+        self.adapters, self.autoencoder, self.facts, self.clip = adapters, autoencoder, facts or {}, clip
         self.processes = processes or OneProcess(torch.device("cpu"))
         self.device = self.processes.device
         self.folder = RunFolder(Path(run.folder), run.keep_last, run.keep_best)
@@ -113,7 +115,8 @@ class Trainer:
         self.average = Average(self._learning, run.ema)
         self.optimizer = make_optimizer(self._learning, settings.optimizer)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=run.precision == "fp16")
-        self.seen = [i for i in range(len(examples.names)) if i not in set(examples.held_out)]
+        held_out = set(examples.held_out)
+        self.seen = [i for i in range(len(examples.names)) if i not in held_out]
         self.order = BatchOrder(examples.groups(self.seen), run.batch_size, run.seed)
         self.generator = torch.Generator().manual_seed(run.seed + 1)  # captions, variants, noise and times
         self.prepared: nn.Module = self.processes.prepare(self.net)
@@ -123,7 +126,6 @@ class Trainer:
         self.validation: float | None = None  # the last, of the weights after step `validated_at`
         self.validated_at = -1
         self.stopping = False
-        self.clip = None  # the frozen text encoder of a run that has one: for sheets
 
     def learning(self) -> list[tuple[str, nn.Parameter]]:
         """Names and parameters of what learns."""
@@ -154,7 +156,7 @@ class Trainer:
             LossIsNotFiniteError: the last [run] nan_limit losses were no numbers. Such a step changes no weight.
         """
         table = self.settings.optimizer
-        self.optimizer.set_lr_scale(schedule(self.progress, table))
+        self.optimizer.set_lr_scale(schedule(self.progress, table.schedule, table.warmup, table.hold))
         total, chosen = self.gradients()
         if not (math.isfinite(total) and self._clip(table.clip)):
             return self._not_finite(total, chosen)
@@ -173,7 +175,7 @@ class Trainer:
         chosen, latents, condition = self.next_batch()
         x0, t = self.objective.draw(latents, self.generator)
         self.optimizer.zero_grad()
-        total = 0.0
+        total = torch.zeros((), device=self.device)
         for part in range(run.accumulate):
             batch = [None if x is None else x.chunk(run.accumulate)[part] for x in (latents, x0, t, condition)]
             x1, noise, times, given = (self._mine(x) for x in batch)
@@ -181,8 +183,8 @@ class Trainer:
             with nullcontext() if last else self.processes.without_sync(self.prepared):
                 loss = self.objective.losses(self._velocity(self.prepared, given), x1, noise, times).mean()
                 self.scaler.scale(loss / run.accumulate).backward()
-            total += self.processes.mean(loss.detach()) / run.accumulate
-        return total, chosen
+            total += loss.detach() / run.accumulate
+        return self.processes.mean(total), chosen  # waits for the device once, not after each part
 
     def _mine(self, x: Tensor | None) -> Tensor | None:
         share = self.processes.share(x)
@@ -278,7 +280,8 @@ class Trainer:
         Raises:
             ValueError: the folder belongs to a run that this one cannot go on with, or no checkpoint can be read.
         """
-        self.folder.remove_partial()
+        if self.processes.rank == 0:
+            self.folder.remove_partial()
         found = self.folder.read_last(self.device)
         if found is None:
             torch.manual_seed(self.settings.run.seed)
@@ -329,7 +332,8 @@ class Trainer:
             Whether the run is finished.
         """
         run = self.settings.run
-        (self.folder.path / "settings.toml").write_text(to_toml(self.settings), encoding="utf-8")
+        if self.processes.rank == 0:
+            (self.folder.path / "settings.toml").write_text(to_toml(self.settings), encoding="utf-8")
         saved_at, saved_step = self.seconds, self.step
         stopping = False
         while self.progress < 1 and not stopping:

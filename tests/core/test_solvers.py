@@ -331,10 +331,11 @@ def test_generator_alone_decides_the_noise(method):
 @pytest.mark.parametrize("method", SDE_SOLVERS)
 def test_given_times_are_the_grid_of_an_sde(method, last_step):
     """The same as its own grid; and on an uneven one as two runs, one after the other, from one stream of noise."""
-    x0, kwargs = torch.randn(3, 4, dtype=torch.float64), {"last_step": last_step, "last_step_size": 0.1}
+    x0 = torch.randn(3, 4, dtype=torch.float64, generator=seeded(2))
+    kwargs = {"last_step": last_step, "last_step_size": 0.1}
     end = 1.0 if last_step is None else 0.9
     even, seen = [end * i / 8 for i in range(9)], []
-    given = solve_sde(toy, x0, 0, method, generator=seeded(0), times=torch.tensor(even), **kwargs)
+    given = solve_sde(toy, x0, 0, method, generator=seeded(0), times=torch.tensor(even, dtype=torch.float64), **kwargs)
     torch.testing.assert_close(given, solve_sde(toy, x0, 8, method, generator=seeded(0), **kwargs))
 
     times, generator = [0.0, 0.1, 0.15, 0.5, 0.8, end], seeded(1)

@@ -12,7 +12,7 @@ from ..zigma.autoencoder import Autoencoder, autoencoder_from_state_dict, load_a
 from ..zigma.autoencoder_kl import AutoencoderKL
 from ..zigma.checkpoint import CheckpointFile
 
-__all__ = ["build_vae", "load_vae"]
+__all__ = ["build_vae", "load_vae", "pixel_space_vae"]
 
 # What the host builds by itself, whatever the channels of the latent.
 STOCK_WIDTHS = ((128, 256, 512, 512), (128, 256, 512))
@@ -21,11 +21,16 @@ STOCK_WIDTHS = ((128, 256, 512, 512), (128, 256, 512))
 def build_vae(file: CheckpointFile):
     """A host VAE with the autoencoder of a file, the host's own for models in pixel space, or None if there is none."""
     if file.latent.pixel_space:
-        return comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
+        return pixel_space_vae()
     if file.vae_state is None:
         return None
     # float32 like the command line's: the host picks the dtype it computes in.
     return _host_vae(autoencoder_from_state_dict({key: value.float() for key, value in file.vae_state.items()}))
+
+
+def pixel_space_vae():
+    """The host VAE of models without an autoencoder: a picture in [0, 1] is a latent in [-1, 1], and back."""
+    return comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
 
 
 def load_vae(path: Path):

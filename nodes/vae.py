@@ -10,7 +10,7 @@ import torch
 from comfy_api.latest import io
 
 from ..zigma.assets import available_models
-from .comfy_vae import load_vae
+from .comfy_vae import load_vae, pixel_space_vae
 from .load import model_files
 from .schema import schema
 
@@ -18,6 +18,7 @@ __all__ = ["ZigMaVAEEncode", "ZigMaVAELoader", "missing_vae"]
 
 log = logging.getLogger(__name__)
 
+PIXEL_SPACE = "pixel_space"  # the stock loader's name for it
 SUFFIXES = (".safetensors", ".sft", ".pt", ".pth", ".ckpt", ".bin")
 
 
@@ -53,9 +54,10 @@ class ZigMaVAELoader(io.ComfyNode):
             "layout or that of diffusers, also narrower ones), or the VAE inside a model file.",
             inputs=[
                 io.Combo.Input(
-                    "vae_name", options=list(vae_files()),
+                    "vae_name", options=[*vae_files(), PIXEL_SPACE],
                     tooltip="Files in models/vae and in the folders of models; 'demo' is the VAE of the model that "
-                    "comes with the pack. Use the one that the model was trained on.",
+                    "comes with the pack; 'pixel_space' is for models that draw pixels without a VAE. Use the one "
+                    "that the model was trained on.",
                 ),
             ],
             outputs=[io.Vae.Output(tooltip="For VAE Decode and VAE Encode, ours and the stock ones.")],
@@ -71,6 +73,8 @@ class ZigMaVAELoader(io.ComfyNode):
     @classmethod
     def execute(cls, vae_name: str) -> io.NodeOutput:
         """Read it with the pack's own reader, which executes nothing, and build the host's VAE."""
+        if vae_name == PIXEL_SPACE:
+            return io.NodeOutput(pixel_space_vae())
         files = vae_files()
         if vae_name not in files:
             raise ValueError(f"put the file into models/vae, or choose 'demo': there is no VAE file {vae_name!r}")

@@ -85,7 +85,7 @@ def command_line(pack, prompt="red fox", count=1, name=TINY, **settings):
     return images.movedim(1, -1) / 2 + 0.5
 
 
-def close(got, expected, limit=1e-3):
+def close(got, expected, limit=1e-5):
     assert got.shape == expected.shape, (got.shape, expected.shape)
     difference = (got - expected).abs().max().item()
     assert difference < limit, f"differs by {difference:.2e}, limit {limit:.0e}"

@@ -38,6 +38,18 @@ def check_the_vae_inside_a_model_file_loads_alone(pack):
         assert decode(pack, vae, torch.zeros(1, vae.latent_channels, 8, 8)).shape == (1, 64, 64, 3)
 
 
+def check_pixel_space_is_a_vae_like_the_stock_one(pack):
+    """For pictures that a model of pixels is to change; the loader of such a model gives the same."""
+    ours, theirs = load(pack, "pixel_space"), stock.VAELoader().load_vae("pixel_space")[0]
+    pictures = torch.rand(2, 8, 12, 3)
+    latent = pack.node("ZigMaVAEEncode").execute(pictures, ours).result[0]["samples"]
+    assert latent.shape == (2, 3, 8, 12)
+    assert torch.equal(latent, stock.VAEEncode().encode(theirs, pictures)[0]["samples"])
+    assert torch.equal(latent, loaded(pack, "pixels.safetensors")[2].encode(pictures))
+    close(latent, pictures.movedim(-1, 1) * 2 - 1, 1e-6)
+    close(decode(pack, ours, latent), pictures, 1e-6)
+
+
 def check_autoencoders_narrower_than_stable_diffusions_load(pack):
     """By the sizes of their tensors; with and without the convolutions round the latent."""
     core = pack.part("zigma.autoencoder")

@@ -15,7 +15,7 @@ from .lora import with_lora
 from .pictures import as_image
 from .schema import schema
 from .shown_text import tell
-from .training_run import METHODS, Finished, base_of, folder_of, settings_of, train
+from .training_run import METHODS, Finished, base_of, folder_of, settings_of, times_lost, train
 
 
 class ZigMaTrain(io.ComfyNode):
@@ -103,6 +103,14 @@ class ZigMaTrain(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
         )  # fmt: skip
+
+    @classmethod
+    def fingerprint_inputs(cls, run_name: str = "", **_) -> str:
+        """Run again when the run's folder was deleted: a host would bring back a file that is no more."""
+        try:
+            return f"{times_lost(folder_of(run_name))}"
+        except ValueError:  # execute says what is wrong with it
+            return ""
 
     @classmethod
     def execute(

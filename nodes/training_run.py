@@ -50,13 +50,15 @@ from .comfy_model import as_zigma
 from .comfy_text import HostTexts, has_words
 from .save import whole_file
 
-__all__ = ["METHODS", "Finished", "TrainingData", "base_of", "folder_of", "settings_of", "train"]
+__all__ = ["METHODS", "Finished", "TrainingData", "base_of", "folder_of", "settings_of", "times_lost", "train"]
 
 log = logging.getLogger(__name__)
 
 METHODS = ("lora", "lokr", "full")
 BASE, BASE_DIGEST = "base.safetensors", "zigma.run_base"
 PREVIEW = 768  # pixels of a sheet's longer side, in the node
+
+_runs: dict[Path, tuple[int, bool]] = {}  # folder -> times that it was lost, whether it is there as far as we know
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +99,13 @@ def folder_of(run_name: str) -> Path:
     if not name or re.search(r'[\\/:*?"<>|\x00-\x1f]', name) or not name.strip("."):
         raise ValueError(f"give run_name a plain name for a folder, such as my_style: got {run_name!r}")
     return Path(folder_paths.get_output_directory()) / "zigma_training" / name
+
+
+def times_lost(folder: Path) -> int:
+    """How often a run of this process has been deleted from its folder since: one that was has to be run again."""
+    if _runs.get(folder, (0, False))[1] and not folder.exists():
+        _runs[folder] = (_runs[folder][0] + 1, False)
+    return _runs.get(folder, (0, False))[0]
 
 
 def base_of(model, clip, vae, folder: Path) -> Path:
@@ -286,6 +295,7 @@ def _finish(trainer: Trainer, plan: Plan) -> Finished:
     file = export(trainer, sheet)
     text = plan.preflight.text()
     write_report(trainer.folder, trainer.settings, file, text)
+    _runs[trainer.folder.path] = (times_lost(trainer.folder.path), True)
     return Finished(file, sheet, trainer.folder.log_entries(), text)
 
 

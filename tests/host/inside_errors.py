@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 
 from host_process import BASE, empty, encode, loaded, stock
+from inside_training import dataset, pictures, trained
 
 import torch  # isort: skip
 from safetensors.torch import save_file  # isort: skip
@@ -23,7 +24,7 @@ def sampled(model, positive, negative, latent, steps=2, cfg=2.0):
 
 def mistakes(pack) -> dict:
     """Name in the table -> what makes it."""
-    model, clip, _ = loaded(pack)
+    parts = model, clip, vae = loaded(pack)
     plain, _, _ = loaded(pack, "class.safetensors")  # of a class model without a null label
     text, none, latent = encode(clip, "fox"), encode(clip, ""), empty(pack, model)
     label = pack.node("ZigMaLabelConditioning").execute(plain, 0, "").result[0]
@@ -38,6 +39,9 @@ def mistakes(pack) -> dict:
     layer = "lora_unet_down_blocks_0_attentions_0_proj_in"
     other = {f"{layer}.lora_{way}.weight": torch.zeros(4, 4) for way in ("up", "down")}
     save_file(other, loras / "of_another_model.safetensors")
+    nothing = BASE / "input" / "nothing"
+    nothing.mkdir(exist_ok=True)
+    trained(pack, parts, "begun", steps=1)
     return {
         "latent channels": lambda: sampled(model, text, none, {"samples": torch.ones(1, 16, 4, 6)}),
         "a video's latent": lambda: sampled(model, text, none, {"samples": torch.zeros(1, 4, 3, 4, 6)}),
@@ -52,6 +56,16 @@ def mistakes(pack) -> dict:
         "a Flux file": lambda: loaded(pack, "flux.safetensors"),
         "no VAE": lambda: pack.node("ZigMaVAEDecode").execute(latent, None, 1),
         "no steps": lambda: pack.node("ZigMaScheduler").execute(0, 1.0, "uniform", 1.0),
+        "pictures to train on that are not there": lambda: dataset(pack, "gone"),
+        "a folder without pictures": lambda: dataset(pack, "nothing"),
+        "a batch of more pictures than there are": lambda: trained(pack, parts, "wrong", batch_size=5),
+        "training a text model without its text encoder": lambda: trained(pack, (model, None, vae), "wrong"),
+        "a run's name that another model's run has": lambda: trained(
+            pack, loaded(pack, "kind_shared.safetensors"), "begun", again=True
+        ),
+        "a run whose pictures have changed": lambda: trained(
+            pack, parts, "begun", again=True, data=dataset(pack, pictures("others", (32, 48)))[0]
+        ),
     }  # fmt: skip
 
 
@@ -67,7 +81,7 @@ def check_every_mistake_of_the_list_gets_the_sentence_that_the_page_shows(pack):
     for name, make in made.items():
         try:
             make()
-        except ValueError as error:
+        except (ValueError, FileNotFoundError) as error:
             words = [part.strip() for part in shown[name].split("...")]
             assert all(word in str(error) for word in words), f"{name}: {error}"
             assert "\n" not in str(error), f"{name}: {error}"

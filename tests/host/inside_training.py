@@ -248,6 +248,25 @@ def check_a_dataset_is_looked_at_again_when_its_files_change(pack):
     assert "6 of 6" in dataset(pack, "badges")[1]
 
 
+def check_a_run_whose_folder_was_deleted_is_run_again(pack):
+    """A host keeps a node's outputs while its inputs stay: here a file that is no more."""
+    node, parts = pack.node("ZigMaTrain"), loaded(pack)
+
+    def fingerprint():
+        return node.fingerprint_inputs(run_name="deleted", steps=2)
+
+    shutil.rmtree(RUNS / "deleted", ignore_errors=True)
+    before = fingerprint()
+    trained(pack, parts, "deleted", steps=2)
+    assert fingerprint() == before, "a run would be queued again at once"
+    shutil.rmtree(RUNS / "deleted")
+    gone = fingerprint()
+    assert gone != before and fingerprint() == gone
+    trained(pack, parts, "deleted", steps=2, again=True)
+    assert fingerprint() == gone
+    assert node.fingerprint_inputs(run_name="a/b") == ""
+
+
 def check_a_saved_lora_is_listed_and_draws_the_same(pack):
     model, clip, vae = loaded(pack)
     made, _, file, losses, _ = trained(pack, (model, clip, vae), "kept")

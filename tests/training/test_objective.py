@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -102,7 +103,8 @@ def test_matrices_are_decayed_and_nothing_else(tmp_path):
 
 
 def test_an_optimiser_of_another_package_is_asked_for_by_name(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
+    for name in ("bitsandbytes", "bitsandbytes.optim"):
+        monkeypatch.setitem(sys.modules, name, None)
     named = [("a.weight", nn.Parameter(torch.ones(2, 2)))]
     with pytest.raises(ImportError, match="pip install bitsandbytes, or take 'adamw'"):
         make_optimizer(named, OptimizerTable(name="adamw8bit"))
@@ -117,6 +119,18 @@ def test_prodigy_learns(tmp_path):
     trainer.resume()
     losses = [trainer.train_step() for _ in range(60)]
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+
+
+def test_adamw8bit_learns_and_keeps_bytes(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    tables = {"optimizer": {"name": "adamw8bit"}, "model": {"config": {"embed_dim": 64, "depth": 1, "patch_size": 2}}}
+    trainer = tiny_trainer(tmp_path, run={"steps": 40}, **tables)
+    trainer.resume()
+    losses = [trainer.train_step() for _ in range(40)]
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    states = [state for group in trainer.optimizer.optimizers for state in group.state.values()]
+    assert any(value.dtype == torch.uint8 and value.numel() >= 4096 for state in states for value in state.values()
+               if torch.is_tensor(value))  # fmt: skip
 
 
 def test_the_gradient_is_clipped_before_the_step(tmp_path):

@@ -37,6 +37,23 @@ def test_tensorboard_gets_losses_and_sheets(tmp_path):
     logged = {entry["step"]: entry["loss"] for entry in RunFolder(tmp_path / "run").log_entries() if "loss" in entry}
     assert {event.step: event.value for event in events.Scalars("loss")} == pytest.approx(logged, rel=1e-5)
     assert [event.step for event in events.Scalars("validation_loss")] == [2, 4]
+    assert [event.step for event in events.Images("samples")] == [4]
+
+
+def test_wandb_gets_losses_and_sheets_and_one_run_for_one_folder(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    data = pictures(tmp_path / "pictures")
+    for steps in (4, 8):
+        run = {"steps": steps, "wandb": True, "validate_every": 2}
+        made = tables(tmp_path / "run", data, run=run, data={"validation": 0.2})
+        assert main(["train", str(write_config(tmp_path / "a.toml", made)), "--quiet"]) == 0
+    records = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(records) == 2 and len({path.name for path in records}) == 1, records
+    for path in records:
+        written = path.read_bytes()
+        assert b"validation_loss" in written and b"samples" in written
+        assert list(path.parent.glob("files/media/images/samples_*.png"))
 
 
 @pytest.mark.parametrize("name", ["wandb", "tensorboard"])

@@ -26,9 +26,12 @@ def assert_same(a: dict, b: dict) -> None:
         assert torch.equal(value, b[key]), key
 
 
+PACKAGES = {"prodigy": "prodigyopt", "adamw8bit": "bitsandbytes"}
 VARIANTS = {
     "plain": {},
     "muon": {"optimizer": {"name": "muon"}},
+    "prodigy": {"optimizer": {"name": "prodigy", "lr": 1.0}},
+    "adamw8bit": {"optimizer": {"name": "adamw8bit"}},
     "accumulated": {"run": {"accumulate": 2}},
     "bf16": {"run": {"precision": "bf16"}},
     "fp16": {"run": {"precision": "fp16"}},
@@ -41,6 +44,8 @@ VARIANTS = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_resumed_run_equals_a_straight_one(tmp_path, variant):
+    if package := PACKAGES.get(variant):
+        pytest.importorskip(package)
     tables = VARIANTS[variant]
     straight = tiny_trainer(tmp_path / "straight", held_out=1, **tables)
     straight.resume()

@@ -79,12 +79,15 @@ def _whole_run(settings: Settings, dry_run: bool, processes, show: bool) -> Iter
     trackers = Trackers(trainer.folder, settings.run, dataclasses.asdict(settings), show)
     try:
         finished = _run(trainer, trackers)
+        sheet = save_sheet(trainer) if finished else None
+        if sheet is not None:
+            trackers.sheet(trainer.step, sheet)
     finally:
         trackers.close()
     if not finished:
         yield f"stopped at step {trainer.step}, with a checkpoint: the same command goes on from there"
         raise KeyboardInterrupt
-    path = export(trainer, save_sheet(trainer))
+    path = export(trainer, sheet)
     yield str(write_report(trainer.folder, settings, path, plan.preflight.text()))
     yield str(path)
 

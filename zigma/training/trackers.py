@@ -104,4 +104,11 @@ def _wandb_run(folder: Path, settings: dict[str, Any]):
         import wandb
     except ImportError as error:
         raise ImportError("[run] wandb needs its package: pip install wandb, or set it to false") from error
-    return wandb.init(project="zigma", name=folder.name, dir=str(folder), config=settings, resume="allow")
+    # One run there for one run here, however often it is resumed.
+    kept = folder / "wandb_id"
+    name = kept.read_text(encoding="utf-8").strip() if kept.is_file() else ""
+    run = wandb.init(
+        project="zigma", name=folder.name, id=name or None, dir=str(folder), config=settings, resume="allow"
+    )
+    kept.write_text(run.id + "\n", encoding="utf-8")
+    return run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -199,4 +200,6 @@ def python_examples():
 @pytest.mark.parametrize("code", list(python_examples()))
 def test_examples_in_documents_run(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # some write files
-    exec(compile(code, "example", "exec"), {"__name__": "example"})
+    file = tmp_path / "example.py"
+    file.write_text(code, encoding="utf-8")
+    runpy.run_path(str(file), run_name="example")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -68,13 +69,16 @@ def test_every_node_input_and_output_has_a_tooltip(schemas):
         assert not missing, f"{name}: no tooltip for {missing}"
 
 
-def test_the_node_of_the_development_guide_is_one():
+def test_the_node_of_the_development_guide_is_one(tmp_path):
     text = (CURRENT.parents[3] / "docs/development.md").read_text(encoding="utf-8")
     code = re.search(r"```py\n(.*?)```", text, re.DOTALL).group(1)
     with nodes_of_the_pack() as nodes:
         package = nodes[0].__module__.rpartition(".")[0]
-        names = {"__name__": f"{package}.upside_down", "__package__": package}
-        exec(compile(code, "upside_down.py", "exec"), names)
-        schema = names["ZigMaUpsideDown"].define_schema()
+        file = tmp_path / "upside_down.py"
+        file.write_text(code, encoding="utf-8")
+        spec = importlib.util.spec_from_file_location(f"{package}.upside_down", file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        schema = module.ZigMaUpsideDown.define_schema()
     assert contract_of(schema)["inputs"] == [{"id": "images", "type": "IMAGE", "optional": False}]
     assert schema.category == "ZigMa" and all(slot.tooltip for slot in [*schema.inputs, *schema.outputs])

@@ -45,11 +45,11 @@ def features_with_bar(extractor: EfficientNetFeatures, images: torch.Tensor, wha
         return features_of(extractor, images.__getitem__, len(images), lambda done, _: bar.update(done - bar.n))
 
 
-def chosen_captions(pictures: PackedPictures) -> list[str]:
-    """Every k-th of the sorted first captions, so that there are 40."""
+def chosen_captions(pictures: PackedPictures, count: int) -> list[str]:
+    """Every k-th of the sorted first captions, so that there are `count` (all of them, if there are fewer)."""
     captions = sorted(set(pictures.captions))
-    step = len(captions) / COUNT
-    return [captions[int(i * step)] for i in range(COUNT)]
+    step = max(1.0, len(captions) / count)
+    return [captions[int(i * step)] for i in range(min(count, len(captions)))]
 
 
 def unseen_captions(pictures: PackedPictures, vocabulary: set[str]) -> list[tuple[str, str]]:
@@ -82,35 +82,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, default=Path("emoji.safetensors"), help="packed training pictures")
     parser.add_argument("--model", type=Path, help="default: the shipped model")
+    parser.add_argument("--count", type=int, default=COUNT, help="captions; more of them tell good models apart")
+    parser.add_argument("--categories", nargs="+", help="of pictures; default: those that the model was trained on")
     options = parser.parse_args()
     if not options.data.is_file():
         print(f"retrieval: SKIPPED, no training pictures at {options.data}; `python -m zigma.training.emoji --help` "
               "says how the file is made")  # fmt: skip
         return
     bundle = load_bundle(options.model or model_path("demo"))
-    categories = json.loads(bundle.metadata.get("zigma.data", "{}")).get("categories")
+    categories = options.categories or json.loads(bundle.metadata.get("zigma.data", "{}")).get("categories")
     pictures = read_packed(options.data)
     pictures = pictures.select(categories) if categories else pictures
     extractor = EfficientNetFeatures()
     library = features_with_bar(extractor, pictures.images.float() / 127.5 - 1, "training pictures")
-    report = measure(bundle, pictures, extractor, library)
+    report = measure(bundle, pictures, extractor, library, options.count)
     OUTPUT.mkdir(exist_ok=True)
     (OUTPUT / "retrieval.json").write_text(json.dumps(report, indent=1))
 
 
 @torch.no_grad()
 def measure(
-    bundle: Bundle, pictures: PackedPictures, extractor: EfficientNetFeatures, library: torch.Tensor
+    bundle: Bundle, pictures: PackedPictures, extractor: EfficientNetFeatures, library: torch.Tensor, count: int = COUNT
 ) -> dict:
     """Draw, compare, print."""
-    captions = chosen_captions(pictures)
+    captions = chosen_captions(pictures, count)
     print(f"{len(pictures.items)} training pictures, {len(set(pictures.captions))} captions\n")
     first = torch.stack([pictures.images[pictures.captions.index(caption)] for caption in captions])
     first = first.float() / 127.5 - 1
     through = bundle.autoencoder.decode(bundle.autoencoder.encode(first)) if bundle.autoencoder else first
     drawn = sample(bundle, captions, seed=0)
     report = {}
-    print("| 40 captions | the nearest picture carries it | one of the five nearest does |\n| --- | --- | --- |")
+    print(f"| {len(captions)} captions | the nearest picture carries it | one of the five nearest does |")
+    print("| --- | --- | --- |")
     for name, images in (("ceiling", through), ("drawn", drawn)):
         ranks = retrieval_ranks(features_with_bar(extractor, images, name), library, carries(captions, pictures))
         report[name] = dict(zip(captions, ranks, strict=True))

@@ -29,6 +29,13 @@ def _prompt(g: Graph, model: Node, text: str, column: int = 1) -> Node:
     return g.add("ZigMaTextConditioning", column, clip=model[1], text=text, negative_text="")
 
 
+def _drawn(g: Graph, column: int, model: list, text: Node, latent: Node, title: str = "", **settings) -> Node:
+    return g.add(
+        "ZigMaSampler", column, title, model=model, positive=text[0], negative=text[1], latent_image=latent[0],
+        **settings,
+    )  # fmt: skip
+
+
 def _saved(g: Graph, images: list, column: int, name: str) -> Node:
     return g.add("SaveImage", column, images=images, filename_prefix=f"zigma/{name}")
 
@@ -67,16 +74,10 @@ def image_to_image(g: Graph) -> None:
     first = _prompt(g, model, "red apple")
     second = _prompt(g, model, "green apple")
     latent = g.add("ZigMaEmptyLatent", 1, model=model[0])
-    source = g.add(
-        "ZigMaSampler", 2, "The picture to start from", model=model[0], positive=first[0], negative=first[1],
-        latent_image=latent[0], seed=1, steps=50,
-    )  # fmt: skip
+    source = _drawn(g, 2, model[0], first, latent, "The picture to start from", seed=1, steps=50)
     before = g.add("ZigMaVAEDecode", 3, samples=source[0], vae=model[2])
     encoded = g.add("ZigMaVAEEncode", 3, pixels=before[0], vae=model[2])
-    drawn = g.add(
-        "ZigMaSampler", 4, "Drawn again", model=model[0], positive=second[0], negative=second[1],
-        latent_image=encoded[0], seed=2, steps=50, denoise=0.85,
-    )  # fmt: skip
+    drawn = _drawn(g, 4, model[0], second, encoded, "Drawn again", seed=2, steps=50, denoise=0.85)
     after = g.add("ZigMaVAEDecode", 5, samples=drawn[0], vae=model[2])
     sheet = g.add(
         "ZigMaPictureSheet", 5, images=before[0], images_2=after[0], captions="before: red apple\nafter: green apple",
@@ -98,20 +99,14 @@ def inpainting(g: Graph) -> None:
     first = _prompt(g, model, "cat face")
     second = _prompt(g, model, "panda face")
     latent = g.add("ZigMaEmptyLatent", 1, model=model[0])
-    source = g.add(
-        "ZigMaSampler", 2, "The picture to mend", model=model[0], positive=first[0], negative=first[1],
-        latent_image=latent[0], seed=3, steps=50,
-    )  # fmt: skip
+    source = _drawn(g, 2, model[0], first, latent, "The picture to mend", seed=3, steps=50)
     before = g.add("ZigMaVAEDecode", 3, samples=source[0], vae=model[2])
     encoded = g.add("ZigMaVAEEncode", 3, pixels=before[0], vae=model[2])
     kept = g.add("SolidMask", 2, "0 keeps", value=0.0, width=64, height=64)
     redrawn = g.add("SolidMask", 2, "1 is drawn anew", value=1.0, width=32, height=64)
     mask = g.add("MaskComposite", 3, destination=kept[0], source=redrawn[0], x=32, y=0, operation="add")
     masked = g.add("SetLatentNoiseMask", 4, samples=encoded[0], mask=mask[0])
-    drawn = g.add(
-        "ZigMaSampler", 4, "Drawn anew", model=model[0], positive=second[0], negative=second[1],
-        latent_image=masked[0], seed=4, steps=50,
-    )  # fmt: skip
+    drawn = _drawn(g, 4, model[0], second, masked, "Drawn anew", seed=4, steps=50)
     after = g.add("ZigMaVAEDecode", 5, samples=drawn[0], vae=model[2])
     sheet = g.add(
         "ZigMaPictureSheet", 5, images=before[0], images_2=after[0], captions="before\nright half drawn anew",
@@ -202,10 +197,7 @@ def label_to_image(g: Graph) -> None:
     model = _loaded(g, "zigma-classes.safetensors")
     label = g.add("ZigMaLabelConditioning", 1, model=model[0], label=1)
     latent = g.add("ZigMaEmptyLatent", 1, model=model[0])
-    drawn = g.add(
-        "ZigMaSampler", 2, model=model[0], positive=label[0], negative=label[1], latent_image=latent[0], seed=0,
-        steps=30, cfg=2.0,
-    )  # fmt: skip
+    drawn = _drawn(g, 2, model[0], label, latent, seed=0, steps=30, cfg=2.0)
     _saved(g, g.add("ZigMaVAEDecode", 3, samples=drawn[0], vae=model[2])[0], 4, "label")
 
 
@@ -242,9 +234,7 @@ def video(g: Graph) -> None:
     model = _loaded(g, "zigma-video.safetensors")
     text = _prompt(g, model, "red fox")
     latent = g.add("ZigMaEmptyLatent", 1, model=model[0])
-    drawn = g.add(
-        "ZigMaSampler", 2, model=model[0], positive=text[0], negative=text[1], latent_image=latent[0], seed=0, steps=30,
-    )  # fmt: skip
+    drawn = _drawn(g, 2, model[0], text, latent, seed=0, steps=30)
     frames = g.add("ZigMaVAEDecode", 3, samples=drawn[0], vae=model[2], enlarge=4)
     g.add(
         "SaveAnimatedWEBP", 4, images=frames[0], filename_prefix="zigma/video", fps=8.0, lossless=True, quality=100,
@@ -266,10 +256,7 @@ def lora(g: Graph) -> None:
     latent = g.add("ZigMaEmptyLatent", 1, model=model[0])
     decoded = []
     for title, source in (("without", model[0]), ("with the LoRA", changed[0])):
-        drawn = g.add(
-            "ZigMaSampler", 2, title, model=source, positive=text[0], negative=text[1], latent_image=latent[0], seed=0,
-            steps=50,
-        )  # fmt: skip
+        drawn = _drawn(g, 2, source, text, latent, title, seed=0, steps=50)
         decoded.append(g.add("ZigMaVAEDecode", 3, samples=drawn[0], vae=model[2])[0])
     sheet = g.add(
         "ZigMaPictureSheet", 4, images=decoded[0], images_2=decoded[1], captions="without\nwith the LoRA", enlarge=4
@@ -301,10 +288,7 @@ def fine_tune(g: Graph) -> None:
     for title, source in (("before", model[0]), ("after", trained[0])):
         for prompt in prompts:
             text = _prompt(g, model, prompt, 2)
-            drawn = g.add(
-                "ZigMaSampler", 3, f"{prompt}, {title}", model=source, positive=text[0], negative=text[1],
-                latent_image=latent[0], seed=0, steps=30,
-            )  # fmt: skip
+            drawn = _drawn(g, 3, source, text, latent, f"{prompt}, {title}", seed=0, steps=30)
             decoded.append(g.add("ZigMaVAEDecode", 4, samples=drawn[0], vae=model[2])[0])
     more = {f"images_{number}": images for number, images in enumerate(decoded[1:], 2)}
     captions = [f"{prompt}, {title}" for title in ("before", "after") for prompt in prompts]

@@ -42,14 +42,11 @@ INLINE void store_steps(const zs_rows *t, int64_t batch, const int64_t *rows, in
         vstore_row(t->data, t->dtype, row_offset(t, batch, rows[k]) + channel, count, vload(from + k * LANES));
 }
 
-/* One vector of channels of one row. plain: it is known to be whole, and float (is_plain). The next cache line is asked
- * for at the same time, as above. */
+/* One vector of channels of one row. plain: it is known to be whole, and float (is_plain). */
 INLINE vec load_step(int plain, const zs_rows *t, int64_t batch, int64_t row, int64_t channel, int64_t count) {
     const int64_t offset = row_offset(t, batch, row) + channel;
     if (!plain) return vload_row(t->data, t->dtype, offset, count);
-    const float *from = (const float *)t->data + offset;
-    vprefetch(from + LANES);
-    return vload(from);
+    return vload((const float *)t->data + offset);
 }
 
 INLINE void store_step(int plain, const zs_rows *t, int64_t batch, int64_t row, int64_t channel, int64_t count,
@@ -59,9 +56,7 @@ INLINE void store_step(int plain, const zs_rows *t, int64_t batch, int64_t row, 
         vstore_row(t->data, t->dtype, offset, count, x);
         return;
     }
-    float *to = (float *)t->data + offset;
-    vprefetch(to + LANES);
-    vstore(to, x);
+    vstore((float *)t->data + offset, x);
 }
 
 /* What `plain` asks of a tensor: float, or absent. */

@@ -1,8 +1,9 @@
 /* The selective scan on some units of channels.
  *
- * Time is cut into chunks of CHUNK steps. Within a chunk each vector of LANES channels is carried through all its
- * steps with its states in registers, then the next vector takes the same rows: memory is read along rows, and the
- * state at the start of a chunk is all that backward needs in order to recompute the chunk. */
+ * Time is cut into chunks of CHUNK steps. Forward reads the rows of a unit, 512 bytes of each, and then carries one
+ * vector of LANES channels after the other through all steps of the chunk with its states in registers, while the rows
+ * of the next unit come from memory. The state at the start of a chunk is all that backward needs in order to
+ * recompute the chunk. */
 #ifndef ZIGMA_SCAN_KERNEL_H
 #define ZIGMA_SCAN_KERNEL_H
 
@@ -50,6 +51,27 @@ static void load_chunk(const scan_job *job, const zs_rows *t, const place *p, fl
     }
 }
 
+/* Where a unit reads and writes at each step, for the unit before it to ask for. */
+enum { ROWS_AHEAD = 4 };
+typedef struct {
+    const char *rows[CHUNK][ROWS_AHEAD];
+} ahead;
+
+INLINE const char *address(const zs_rows *t, int64_t batch, int64_t row, int64_t channel) {
+    return (const char *)t->data + (row_offset(t, batch, row) + channel) * (t->dtype == ZS_F32 ? 4 : 2);
+}
+
+static void look_ahead(const zs_scan_args *a, const place *p, int64_t channel, ahead *next) {
+    const zs_rows *z = a->z.data ? &a->z : &a->out;
+    for (int64_t k = 0; k < CHUNK; k++) {
+        const int64_t at = min64(k, p->steps - 1);
+        next->rows[k][0] = address(&a->delta, p->batch, p->in[at], channel);
+        next->rows[k][1] = address(&a->u, p->batch, p->in[at], channel);
+        next->rows[k][2] = address(z, p->batch, p->out[at], channel);
+        next->rows[k][3] = address(&a->out, p->batch, p->out[at], channel);
+    }
+}
+
 /* decays: exp(dt_k A) as [step][BLOCK], for one chunk of one vector of channels and BLOCK of its n states. small: no
  * |dt_k A| is beyond what vexp2_product takes. */
 INLINE void compute_decays(int64_t steps, int small, const float *A, const float *dt, float *decays) {
@@ -74,15 +96,18 @@ static int decays_are_small(const scan_job *job, const float *dt, int64_t size, 
 INLINE vec decay_of(int small, vec t, vec a) { return small ? vexp2_product(t, a) : vexp2(t * a); }
 
 /* s_k = exp(dt_k A) s_{k-1} + dt_k B_k u_k and y_k += <s_k, C_k>, over one chunk of one vector of channels and
- * BLOCK of its n states. The decays are given if DECAYS_FIRST. */
-INLINE void recur(int small, int64_t n, int64_t steps, const float *A, const float *B, const float *C, const float *dt,
-                  const float *dtu, const float *decays, float *state, float *y) {
-    vec s[BLOCK];
-    for (int64_t i = 0; i < BLOCK; i++) s[i] = vload(state + i * LANES);
+ * `count` of its n states. The decays are given if DECAYS_FIRST. At each step the rows of the next unit are asked for,
+ * `line` bytes from their start: between the exponentials there is time to wait for memory. */
+INLINE void recur(int small, int64_t count, int64_t n, int64_t steps, const float *A, const float *B, const float *C,
+                  const float *dt, const float *dtu, const float *decays, float *state, float *y, const ahead *next,
+                  int64_t line) {
+    vec s[WIDE_BLOCK];
+    for (int64_t i = 0; i < count; i++) s[i] = vload(state + i * LANES);
     for (int64_t k = 0; k < steps; k++) {
         vec t = vload(dt + k * LANES), x = vload(dtu + k * LANES), sum[2] = {vload(y + k * LANES), vset(0.0f)};
-#pragma GCC unroll 8
-        for (int64_t i = 0; i < BLOCK; i++) {
+        for (int64_t i = 0; i < ROWS_AHEAD; i++) vprefetch(next->rows[k][i] + line);
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < count; i++) {
             const float *place = decays + (k * BLOCK + i) * LANES;
             vec decay = DECAYS_FIRST ? vload(place) : decay_of(small, t, vload(A + i * LANES));
             s[i] = vfma(decay, s[i], x * vset(B[k * n + i]));
@@ -90,62 +115,90 @@ INLINE void recur(int small, int64_t n, int64_t steps, const float *A, const flo
         }
         vstore(y + k * LANES, sum[0] + sum[1]);
     }
-    for (int64_t i = 0; i < BLOCK; i++) vstore(state + i * LANES, s[i]);
+    for (int64_t i = 0; i < count; i++) vstore(state + i * LANES, s[i]);
 }
 
-/* One vector of channels over one chunk, each array [step][LANES]. */
+/* The vectors of a unit over one chunk, those of each as [step][LANES]. */
+enum { VECTORS = UNIT_CHANNELS / LANES, STEPS = CHUNK * LANES };
 typedef struct {
-    float dt[CHUNK * LANES], dtu[CHUNK * LANES], y[CHUNK * LANES], e[CHUNK * LANES], decays[CHUNK * BLOCK * LANES];
+    float dt[VECTORS][STEPS], dtu[VECTORS][STEPS], y[VECTORS][STEPS], decays[STEPS * BLOCK];
+    float bias[VECTORS][LANES], D[VECTORS][LANES];
+    ahead next;
 } forward_steps;
 
-/* Rows are read where they are needed, between the exponentials: what misses the cache is waited for meanwhile. */
-INLINE void forward_vector(int plain, const scan_job *job, const place *p, int64_t channel, int64_t count,
-                           const float *B, const float *C, float *state, forward_steps *w) {
+/* dt, dt u and D u. */
+INLINE void open_unit(int plain, const scan_job *job, const place *p, int64_t first, int64_t vectors,
+                      forward_steps *w) {
     const zs_scan_args *a = job->args;
-    const int64_t n = job->states, steps = p->steps;
-    vec bias = load_channels(a->delta_bias, channel, count), D = load_channels(a->D, channel, count);
-    if (a->delta_softplus) {
-        for (int64_t k = 0; k < steps; k++) {
-            vec t = load_step(plain, &a->delta, p->batch, p->in[k], channel, count) + bias;
-            vstore(w->dt + k * LANES, t);
-            vstore(w->e + k * LANES, vexp_minus_abs(t));
+    for (int64_t k = 0; k < p->steps; k++) {
+        for (int64_t v = 0; v < vectors; v++) {
+            const int64_t channel = first + v * LANES, count = a->channels - channel;
+            vec t = load_step(plain, &a->delta, p->batch, p->in[k], channel, count) + vload(w->bias[v]);
+            if (a->delta_softplus) t = vsoftplus(t, vexp_minus_abs(t));
+            vec u = load_step(plain, &a->u, p->batch, p->in[k], channel, count);
+            vstore(w->dt[v] + k * LANES, t);
+            vstore(w->dtu[v] + k * LANES, t * u);
+            vstore(w->y[v] + k * LANES, vload(w->D[v]) * u);
         }
-        for (int64_t k = 0; k < steps * LANES; k += LANES)
-            vstore(w->dt + k, vsoftplus(vload(w->dt + k), vload(w->e + k)));
-    } else {
-        for (int64_t k = 0; k < steps; k++)
-            vstore(w->dt + k * LANES, load_step(plain, &a->delta, p->batch, p->in[k], channel, count) + bias);
     }
-    for (int64_t k = 0; k < steps; k++) {
-        vec u = load_step(plain, &a->u, p->batch, p->in[k], channel, count);
-        vstore(w->dtu + k * LANES, vload(w->dt + k * LANES) * u);
-        vstore(w->y + k * LANES, D * u);
-    }
-    const int small = decays_are_small(job, w->dt, steps * LANES, channel);
-    for (int64_t i = 0; i < n; i += BLOCK) {
-        const float *A = job->A_packed + channel * n + i * LANES;
-        if (DECAYS_FIRST) compute_decays(steps, small, A, w->dt, w->decays);
-        /* Each call is compiled for its own kind of exponential; where the decays are given there is one kind. */
-        if (small || DECAYS_FIRST)
-            recur(1, n, steps, A, B + i, C + i, w->dt, w->dtu, w->decays, state + i * LANES, w->y);
-        else
-            recur(0, n, steps, A, B + i, C + i, w->dt, w->dtu, w->decays, state + i * LANES, w->y);
-    }
-    if (a->z.data) {
-        for (int64_t k = 0; k < steps; k++) {
-            vec z = load_step(plain, &a->z, p->batch, p->out[k], channel, count);
-            vstore(w->y + k * LANES, vload(w->y + k * LANES) * z);
-            vstore(w->dt + k * LANES, z);
-            vstore(w->e + k * LANES, vexp_minus_abs(z));
-        }
-        for (int64_t k = 0; k < steps; k++) {
-            vec y = vload(w->y + k * LANES) * vsigmoid(vload(w->dt + k * LANES), vload(w->e + k * LANES));
+}
+
+/* y silu(z), or y, to the output. */
+INLINE void close_unit(int plain, const scan_job *job, const place *p, int64_t first, int64_t vectors,
+                       forward_steps *w) {
+    const zs_scan_args *a = job->args;
+    for (int64_t k = 0; k < p->steps; k++) {
+        for (int64_t v = 0; v < vectors; v++) {
+            const int64_t channel = first + v * LANES, count = a->channels - channel;
+            vec y = vload(w->y[v] + k * LANES);
+            if (a->z.data) {
+                vec z = load_step(plain, &a->z, p->batch, p->out[k], channel, count);
+                y = y * z * vsigmoid(z, vexp_minus_abs(z));
+            }
             store_step(plain, &a->out, p->batch, p->out[k], channel, count, y);
         }
-    } else {
-        for (int64_t k = 0; k < steps; k++)
-            store_step(plain, &a->out, p->batch, p->out[k], channel, count, vload(w->y + k * LANES));
     }
+}
+
+static void forward_states(const scan_job *job, const place *p, int64_t channel, const float *B, const float *C,
+                           float *state, float *dt, const float *dtu, float *y, float *decays, const ahead *next,
+                           int64_t line) {
+    const int64_t n = job->states, steps = p->steps;
+    const int small = decays_are_small(job, dt, steps * LANES, channel);
+    for (int64_t i = 0; i < n;) {
+        const float *A = job->A_packed + channel * n + i * LANES;
+        const int wide = !DECAYS_FIRST && n - i >= WIDE_BLOCK;
+        if (DECAYS_FIRST) compute_decays(steps, small, A, dt, decays);
+        /* Each call is compiled for its own kind of exponential; where the decays are given there is one kind. */
+        if (wide && small)
+            recur(1, WIDE_BLOCK, n, steps, A, B + i, C + i, dt, dtu, decays, state + i * LANES, y, next, line);
+        else if (small || DECAYS_FIRST)
+            recur(1, BLOCK, n, steps, A, B + i, C + i, dt, dtu, decays, state + i * LANES, y, next, line);
+        else
+            recur(0, BLOCK, n, steps, A, B + i, C + i, dt, dtu, decays, state + i * LANES, y, next, line);
+        i += wide && small ? WIDE_BLOCK : BLOCK;
+    }
+}
+
+static void forward_unit(const scan_job *job, const place *p, int64_t first, int64_t vectors, int plain,
+                         const float *B, const float *C, float *state, forward_steps *w) {
+    const zs_scan_args *a = job->args;
+    for (int64_t v = 0; v < vectors; v++) {
+        const int64_t channel = first + v * LANES;
+        vstore(w->bias[v], load_channels(a->delta_bias, channel, a->channels - channel));
+        vstore(w->D[v], load_channels(a->D, channel, a->channels - channel));
+    }
+    if (plain)
+        open_unit(1, job, p, first, vectors, w);
+    else
+        open_unit(0, job, p, first, vectors, w);
+    for (int64_t v = 0; v < vectors; v++)
+        forward_states(job, p, first + v * LANES, B, C, state + v * LANES * job->states, w->dt[v], w->dtu[v], w->y[v],
+                       w->decays, &w->next, v * LANES * (int64_t)sizeof(float));
+    if (plain)
+        close_unit(1, job, p, first, vectors, w);
+    else
+        close_unit(0, job, p, first, vectors, w);
 }
 
 static int64_t checkpoint_offset(const scan_job *job, int64_t batch, int64_t chunk, int64_t channel) {
@@ -158,21 +211,25 @@ static void scan_forward(const scan_job *job, int64_t batch, int64_t unit, int64
     float *state = workspace, *B = state + units * UNIT_CHANNELS * n, *C = B + CHUNK * n;
     forward_steps *steps = (forward_steps *)(C + CHUNK * n);
     const int plain = is_plain(&a->u) && is_plain(&a->delta) && is_plain(&a->z) && is_plain(&a->out);
-    place p = enter_units(job, batch, unit, units);
+    place p = enter_units(job, batch, unit, units), following = p;
     memset(state, 0, (size_t)(p.vectors * LANES * n) * sizeof(float));
+    enter_chunk(&following, a, 0);
     for (int64_t chunk = 0; chunk < job->chunks; chunk++) {
-        enter_chunk(&p, a, chunk);
+        p = following;
+        if (chunk + 1 < job->chunks) enter_chunk(&following, a, chunk + 1);
         load_chunk(job, &a->B, &p, B);
         load_chunk(job, &a->C, &p, C);
         if (a->checkpoints)
             memcpy(a->checkpoints + checkpoint_offset(job, batch, chunk, p.first), state,
                    (size_t)(p.vectors * LANES * n) * sizeof(float));
-        for (int64_t v = 0; v < p.vectors; v++) {
-            int64_t channel = p.first + v * LANES, count = a->channels - channel;
-            if (plain && count >= LANES)
-                forward_vector(1, job, &p, channel, count, B, C, state + v * LANES * n, steps);
+        for (int64_t v = 0; v < p.vectors; v += VECTORS) {
+            const int64_t first = p.first + v * LANES, vectors = min64(VECTORS, p.vectors - v);
+            if (v + VECTORS < p.vectors)
+                look_ahead(a, &p, first + UNIT_CHANNELS, &steps->next);
             else
-                forward_vector(0, job, &p, channel, count, B, C, state + v * LANES * n, steps);
+                look_ahead(a, &following, p.first, &steps->next);
+            forward_unit(job, &p, first, vectors, plain && first + vectors * LANES <= a->channels, B, C,
+                         state + v * LANES * n, steps);
         }
     }
 }

@@ -8,7 +8,7 @@
 #include "scan.h"
 
 /* CHUNK steps between checkpoints; BLOCK states of a channel are in registers at a time. */
-enum { UNIT_CHANNELS = 128, CHUNK = 16, BLOCK = 8, WIDE_BLOCK = 16, NORM_ROWS = 32 };
+enum { UNIT_CHANNELS = 128, CHUNK = 16, BLOCK = 8, NORM_ROWS = 32 };
 
 typedef struct {
     const zs_scan_args *args;

@@ -96,18 +96,18 @@ static int decays_are_small(const scan_job *job, const float *dt, int64_t size, 
 INLINE vec decay_of(int small, vec t, vec a) { return small ? vexp2_product(t, a) : vexp2(t * a); }
 
 /* s_k = exp(dt_k A) s_{k-1} + dt_k B_k u_k and y_k += <s_k, C_k>, over one chunk of one vector of channels and
- * `count` of its n states. The decays are given if DECAYS_FIRST. At each step the rows of the next unit are asked for,
+ * BLOCK of its n states. The decays are given if DECAYS_FIRST. At each step the rows of the next unit are asked for,
  * `line` bytes from their start: between the exponentials there is time to wait for memory. */
-INLINE void recur(int small, int64_t count, int64_t n, int64_t steps, const float *A, const float *B, const float *C,
+INLINE void recur(int small, int64_t n, int64_t steps, const float *A, const float *B, const float *C,
                   const float *dt, const float *dtu, const float *decays, float *state, float *y, const ahead *next,
                   int64_t line) {
-    vec s[WIDE_BLOCK];
-    for (int64_t i = 0; i < count; i++) s[i] = vload(state + i * LANES);
+    vec s[BLOCK];
+    for (int64_t i = 0; i < BLOCK; i++) s[i] = vload(state + i * LANES);
     for (int64_t k = 0; k < steps; k++) {
         vec t = vload(dt + k * LANES), x = vload(dtu + k * LANES), sum[2] = {vload(y + k * LANES), vset(0.0f)};
         for (int64_t i = 0; i < ROWS_AHEAD; i++) vprefetch(next->rows[k][i] + line);
-#pragma GCC unroll 16
-        for (int64_t i = 0; i < count; i++) {
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < BLOCK; i++) {
             const float *place = decays + (k * BLOCK + i) * LANES;
             vec decay = DECAYS_FIRST ? vload(place) : decay_of(small, t, vload(A + i * LANES));
             s[i] = vfma(decay, s[i], x * vset(B[k * n + i]));
@@ -115,7 +115,7 @@ INLINE void recur(int small, int64_t count, int64_t n, int64_t steps, const floa
         }
         vstore(y + k * LANES, sum[0] + sum[1]);
     }
-    for (int64_t i = 0; i < count; i++) vstore(state + i * LANES, s[i]);
+    for (int64_t i = 0; i < BLOCK; i++) vstore(state + i * LANES, s[i]);
 }
 
 /* The vectors of a unit over one chunk, those of each as [step][LANES]. */
@@ -165,18 +165,14 @@ static void forward_states(const scan_job *job, const place *p, int64_t channel,
                            int64_t line) {
     const int64_t n = job->states, steps = p->steps;
     const int small = decays_are_small(job, dt, steps * LANES, channel);
-    for (int64_t i = 0; i < n;) {
+    for (int64_t i = 0; i < n; i += BLOCK) {
         const float *A = job->A_packed + channel * n + i * LANES;
-        const int wide = !DECAYS_FIRST && n - i >= WIDE_BLOCK;
         if (DECAYS_FIRST) compute_decays(steps, small, A, dt, decays);
         /* Each call is compiled for its own kind of exponential; where the decays are given there is one kind. */
-        if (wide && small)
-            recur(1, WIDE_BLOCK, n, steps, A, B + i, C + i, dt, dtu, decays, state + i * LANES, y, next, line);
-        else if (small || DECAYS_FIRST)
-            recur(1, BLOCK, n, steps, A, B + i, C + i, dt, dtu, decays, state + i * LANES, y, next, line);
+        if (small || DECAYS_FIRST)
+            recur(1, n, steps, A, B + i, C + i, dt, dtu, decays, state + i * LANES, y, next, line);
         else
-            recur(0, BLOCK, n, steps, A, B + i, C + i, dt, dtu, decays, state + i * LANES, y, next, line);
-        i += wide && small ? WIDE_BLOCK : BLOCK;
+            recur(0, n, steps, A, B + i, C + i, dt, dtu, decays, state + i * LANES, y, next, line);
     }
 }
 

@@ -51,8 +51,8 @@ static void load_chunk(const scan_job *job, const zs_rows *t, const place *p, fl
     }
 }
 
-/* Where a unit reads and writes at each step, for the unit before it to ask for. */
-enum { ROWS_AHEAD = 4 };
+/* Where a unit reads at each step, for the unit before it to ask for. */
+enum { ROWS_AHEAD = 3 };
 typedef struct {
     const char *rows[CHUNK][ROWS_AHEAD];
 } ahead;
@@ -68,7 +68,6 @@ static void look_ahead(const zs_scan_args *a, const place *p, int64_t channel, a
         next->rows[k][0] = address(&a->delta, p->batch, p->in[at], channel);
         next->rows[k][1] = address(&a->u, p->batch, p->in[at], channel);
         next->rows[k][2] = address(z, p->batch, p->out[at], channel);
-        next->rows[k][3] = address(&a->out, p->batch, p->out[at], channel);
     }
 }
 

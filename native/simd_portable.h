@@ -61,7 +61,9 @@ INLINE void vstore_bf16(uint16_t *p, vec x) {
     memcpy(p, &halves, sizeof halves);
 }
 
-INLINE vec vexp2_fraction(vec r) { /* see simd_avx2.h, also for the two below */
+/* 2^r for |r| <= 1/2: 1 + r q(r), q of degree 4, fitted for the least relative error (9.2e-8). The constant term is
+ * exactly 1: decays close to 1 compound over thousands of steps, so the error has to vanish at 0. */
+INLINE vec vexp2_fraction(vec r) {
     vec q = vfma(r, vset(1.3264726863e-3f), vset(9.67151266306e-3f));
     q = vfma(q, r, vset(5.55073374436e-2f));
     q = vfma(q, r, vset(2.40222420849e-1f));
@@ -69,12 +71,15 @@ INLINE vec vexp2_fraction(vec r) { /* see simd_avx2.h, also for the two below */
     return vfma(q, r, vset(1.0f));
 }
 
+/* x = i + r. The exponent is added as an integer and must stay normal: results outside [2^-126, 2^127] saturate there.
+ * Operands of min and max are ordered so that a NaN passes through; its i has no low bits, whatever its payload. */
 INLINE vec vexp2(vec x) {
     x = vmin(vset(127.0f), vmax(vset(-126.0f), x));
     vbits i = vround(x);
     return (vec)((vbits)vexp2_fraction(x - __builtin_convertvector(i, vec)) + (i << 23));
 }
 
+/* No clamps, and the sum with 1.5 * 2^23 has i in its low bits. */
 INLINE vec vexp2_product(vec a, vec b) {
     const vec shift = vset(12582912.0f);
     vec x = a * b, sum = x + shift;

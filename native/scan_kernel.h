@@ -150,10 +150,7 @@ INLINE void close_unit(int plain, const scan_job *job, const place *p, int64_t f
         for (int64_t v = 0; v < vectors; v++) {
             const int64_t channel = first + v * LANES, count = a->channels - channel;
             vec y = vload(w->y[v] + k * LANES);
-            if (a->z.data) {
-                vec z = load_step(plain, &a->z, p->batch, p->out[k], channel, count);
-                y = y * z * vsigmoid(z, vexp_minus_abs(z));
-            }
+            if (a->z.data) y = y * vsilu(load_step(plain, &a->z, p->batch, p->out[k], channel, count));
             store_step(plain, &a->out, p->batch, p->out[k], channel, count, y);
         }
     }

@@ -2,14 +2,14 @@
  * chosen by the flags of the translation unit; the kernels are written once.
  *
  * Each defines SIMD_NAME, LANES, vec and
- *   vset, vload, vstore, vfma(a, b, c) = a b + c, vmax (b where a is NaN), vabs
+ *   vset, vload, vstore, vfma(a, b, c) = a b + c, vmax and vmin (b where either is NaN), vabs
  *   vselect_nonnegative(x, a, b) = x >= 0 ? a : b, lane by lane
  *   vload_bf16, vstore_bf16: rounds to nearest even; a NaN stays a NaN
  *   vexp2: 2^x, relative error below 1.2e-7, exact at 0; a NaN passes through
  *   vexp2_product(a, b) = 2^(a b) for |a b| < 126, not NaN
  *   vall_below(p, count, limit): whether the magnitude of p[0 .. count - 1] is below limit, in every lane
  *   DECAYS_FIRST: whether the scan computes the decays of a chunk before its recurrence, or within
- *   vreciprocal(x) = 1 / x for x in [1, 2]
+ *   vreciprocal(x) = 1 / x for x in [1, 2^125]
  *   vadd_sums8(to, v): to[i] += sum of the lanes of v[i], i = 0 .. 7
  *   vprefetch: into the second-level cache */
 #ifndef ZIGMA_SIMD_H
@@ -45,11 +45,19 @@ INLINE vec vlog1p(vec w) {
     return w * vfma(p, w, vset(9.99999969879e-1f));
 }
 
-/* exp(-|x|), from which softplus and the sigmoid are computed without overflow on either side */
-INLINE vec vexp_minus_abs(vec x) { return vexp2(vabs(x) * vset(-LOG2E)); }
-INLINE vec vsoftplus(vec x, vec exp_minus_abs) { return vmax(x, vset(0.0f)) + vlog1p(exp_minus_abs); }
+/* exp(-|x|), from which softplus and the sigmoid are computed without overflow on either side. Far out it stays at
+ * exp(-86.5), which is nothing beside 1 and at the end of what a float holds. It may make a number of a NaN: those who use
+ * it pass the NaN on by themselves. */
+INLINE vec vexp_minus_abs(vec x) { return vexp2_product(vmin(vset(86.5f), vabs(x)), vset(-LOG2E)); }
+INLINE vec vsoftplus(vec x, vec exp_minus_abs) { return vmax(vset(0.0f), x) + vlog1p(exp_minus_abs); }
 INLINE vec vsigmoid(vec x, vec exp_minus_abs) {
     return vselect_nonnegative(x, vset(1.0f), exp_minus_abs) * vreciprocal(exp_minus_abs + vset(1.0f));
+}
+
+/* x sigmoid(x) = x / (1 + exp(-x)). Clamped where it vanishes on one side and is x on the other. */
+INLINE vec vsilu(vec x) {
+    vec inside = vmin(vset(86.5f), vmax(vset(-86.5f), x));
+    return x * vreciprocal(vexp2_product(inside, vset(-LOG2E)) + vset(1.0f));
 }
 
 /* Rows hold float or bfloat16; count < LANES only in the last vector of a row. */

@@ -14,6 +14,7 @@ INLINE vec vload(const float *p) { return _mm512_loadu_ps(p); }
 INLINE void vstore(float *p, vec x) { _mm512_storeu_ps(p, x); }
 INLINE vec vfma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE vec vmax(vec a, vec b) { return _mm512_max_ps(a, b); }
+INLINE vec vmin(vec a, vec b) { return _mm512_min_ps(a, b); }
 INLINE vec vabs(vec x) { return _mm512_abs_ps(x); }
 /* x >= 0 ? a : b, lane by lane */
 INLINE vec vselect_nonnegative(vec x, vec a, vec b) {
@@ -62,7 +63,7 @@ INLINE int vall_below(const float *p, int64_t count, vec limit) {
     return below == 0xffff;
 }
 
-/* 1 / x for x in [1, 2] */
+/* 1 / x for x in [1, 2^125] */
 INLINE vec vreciprocal(vec x) {
     vec r = _mm512_rcp14_ps(x);
     return vfma(_mm512_fnmadd_ps(x, r, vset(1.0f)), r, r);

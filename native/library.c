@@ -86,15 +86,23 @@ typedef struct {
     int64_t threads, units, tasks, tasks_per_entry;
 } division;
 
-/* As many units to a task as leave every thread two tasks or more, to even things out; but what a task carries from
- * chunk to chunk, `carried` floats per channel, has to stay in the second-level cache. */
+static int64_t parts_of(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
+
+/* As many units to a task as let the thread with the most to do have as little as possible: the longer the pieces of rows
+ * that a task reads together, the less it waits for memory. But what it carries from chunk to chunk, `carried` floats
+ * per channel, has to stay in the second-level cache. */
 static division divide(int64_t threads, int64_t batch, int64_t units, int64_t carried) {
-    enum { CACHED_FLOATS = 1 << 16, TASKS_PER_THREAD = 2 };
-    division d = {.threads = threads, .units = min64(units, CACHED_FLOATS / (UNIT_CHANNELS * (carried + 1)))};
-    if (d.units < 1) d.units = 1;
-    while (threads > 1 && d.units > 1 && batch * ((units + d.units - 1) / d.units) < TASKS_PER_THREAD * threads)
-        d.units--;
-    d.tasks_per_entry = (units + d.units - 1) / d.units;
+    enum { CACHED_FLOATS = 1 << 16 };
+    division d = {.threads = threads, .units = 1};
+    int64_t least = INT64_MAX;
+    for (int64_t n = min64(units, CACHED_FLOATS / (UNIT_CHANNELS * (carried + 1))); n > 0; n--) {
+        const int64_t busiest = parts_of(batch * parts_of(units, n), threads) * n;
+        if (busiest < least) {
+            least = busiest;
+            d.units = n;
+        }
+    }
+    d.tasks_per_entry = parts_of(units, d.units);
     d.tasks = batch * d.tasks_per_entry;
     return d;
 }

@@ -11,13 +11,29 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["Graph", "Node"]
+__all__ = ["Graph", "Node", "declared_inputs", "is_widget"]
 
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 SEEDS = ("seed", "noise_seed")  # a canvas gives inputs of these names a control, whether or not they ask for one
-COLUMN, TOP, GAP = 360, 60, 50  # canvas pixels
-HEIGHTS = {"SaveImage": 420, "PreviewImage": 420, "SaveAnimatedWEBP": 460, "PreviewAny": 300}
+TOP, GAP = 60, 50  # canvas pixels
 NOTE_COLOURS = {"color": "#432", "bgcolor": "#653"}
+ACCENT = {"color": "#223", "bgcolor": "#335"}  # the canvas's own blue
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes in canvas pixels: from column to column, of a node without rows, of its rows, of nodes that show things."""
+
+    column: int
+    bare: int
+    line: int
+    text: int
+    shown: dict[str, int]
+    outputs_take_rows: bool
+
+
+ROOMY = Layout(360, 60, 26, 100, {"SaveImage": 420, "PreviewImage": 420, "SaveAnimatedWEBP": 460, "PreviewAny": 300}, False)
+SNUG = Layout(270, 14, 24, 70, {"PreviewImage": 276, "PreviewAny": 160}, True)
 
 
 @dataclass
@@ -36,9 +52,14 @@ class Node:
 
 @dataclass
 class Graph:
-    """A workflow: nodes in the order in which they were added."""
+    """A workflow: nodes in the order in which they were added.
+
+    Nodes of the class `accent` stand out by their colour.
+    """
 
     name: str
+    layout: Layout = ROOMY
+    accent: str = ""
     nodes: list[Node] = field(default_factory=list)
     notes: list[tuple[str, str, int]] = field(default_factory=list)
 
@@ -47,6 +68,10 @@ class Graph:
         node = Node(len(self.nodes) + 1, kind, title, inputs, column)
         self.nodes.append(node)
         return node
+
+    def source(self, slot: list) -> Node:
+        """The node that a slot belongs to."""
+        return self.nodes[int(slot[0]) - 1]
 
     def note(self, text: str, column: int, title: str = "About") -> None:
         """A note in Markdown, which stands above the nodes of its column."""
@@ -69,9 +94,9 @@ class Graph:
         nodes = []
         for number, (title, text, column) in enumerate(self.notes, len(self.nodes) + 1):
             height = 110 + 22 * sum(1 + len(line) // 44 for line in text.splitlines())
-            place = _place(below, column, height)
+            place = self._place(below, column, height)
             nodes.append({
-                "id": number, "type": "MarkdownNote", "pos": place, "size": [COLUMN - 40, height], "flags": {},
+                "id": number, "type": "MarkdownNote", "pos": place, "size": [self.layout.column - 40, height], "flags": {},
                 "order": number - 1, "mode": 0, "inputs": [], "outputs": [], "title": title, "properties": {},
                 "widgets_values": [text], **NOTE_COLOURS,
             })  # fmt: skip
@@ -92,40 +117,46 @@ class Graph:
         }  # fmt: skip
 
     def _drawn(self, node: Node, facts: dict, below: dict[int, int]) -> dict:
-        inputs, values, height = [], [], 60
-        stated = _stated(node, facts)
-        for name, (kind, options) in _declared(facts).items():
-            is_widget = kind in WIDGETS and not options.get("forceInput")
+        layout, stated = self.layout, _stated(node, facts)
+        inputs, values, height = [], [], layout.bare
+        for name, (kind, options) in declared_inputs(facts).items():
             inputs.append({"name": name, "type": kind, "link": None})
-            height += 100 if options.get("multiline") else 26
-            if is_widget:
+            height += layout.text if options.get("multiline") else layout.line
+            if is_widget(kind, options):
                 inputs[-1]["widget"] = {"name": name}
                 value = stated[name]
                 values.append(_default(kind, options) if isinstance(value, list) else value)
                 if options.get("control_after_generate") or name in SEEDS:
                     values.append("fixed")
-                    height += 26
+                    height += layout.line
                 if options.get("image_upload"):
                     values.append("image")
                     height += 300
         slots = zip(facts["output"], facts["output_name"], strict=True)
         outputs = [{"name": n, "type": t, "slot_index": i, "links": []} for i, (t, n) in enumerate(slots)]
-        height = max(HEIGHTS.get(node.kind, 0), height, 60 + 26 * len(outputs))
+        sockets = sum("widget" not in entry for entry in inputs)
+        if layout.outputs_take_rows:
+            height += layout.line * max(0, len(outputs) - sockets)
+        height = max(layout.shown.get(node.kind, 0), height, layout.bare + layout.line * len(outputs))
         return {
-            "id": node.number, "type": node.kind, "pos": _place(below, node.column, height),
-            "size": [COLUMN - 40, height], "flags": {}, "order": node.number - 1, "mode": 0, "inputs": inputs,
+            "id": node.number, "type": node.kind, "pos": self._place(below, node.column, height),
+            "size": [self.layout.column - 40, height], "flags": {}, "order": node.number - 1, "mode": 0, "inputs": inputs,
             "outputs": outputs, "properties": {"Node name for S&R": node.kind}, "widgets_values": values,
-            "title": node.title or facts["display_name"],
+            "title": node.title or facts["display_name"], **(ACCENT if node.kind == self.accent else {}),
         }  # fmt: skip
 
+    def _place(self, below: dict[int, int], column: int, height: int) -> list[int]:
+        y = below.get(column, TOP)
+        below[column] = y + height + GAP
+        return [40 + self.layout.column * column, y]
 
-def _place(below: dict[int, int], column: int, height: int) -> list[int]:
-    y = below.get(column, TOP)
-    below[column] = y + height + GAP
-    return [40 + COLUMN * column, y]
+
+def is_widget(kind: str, options: dict) -> bool:
+    """Whether an input is filled in on the node; others are sockets."""
+    return kind in WIDGETS and not options.get("forceInput")
 
 
-def _declared(facts: dict) -> dict[str, tuple[str, dict]]:
+def declared_inputs(facts: dict) -> dict[str, tuple[str, dict]]:
     """Input name -> (type, options), required ones first, as the canvas shows them."""
     declared = {}
     for group in ("required", "optional"):
@@ -150,16 +181,16 @@ def _stated(node: Node, facts: dict) -> dict:
     Raises:
         ValueError: an input that the node does not have, or lacks.
     """
-    declared = _declared(facts)
+    declared = declared_inputs(facts)
     strange = node.inputs.keys() - declared.keys()
     required = facts["input_order"].get("required", [])
-    missing = [name for name in required if name not in node.inputs and declared[name][0] not in WIDGETS]
+    missing = [name for name in required if name not in node.inputs and not is_widget(*declared[name])]
     if strange or missing:
         raise ValueError(f"{node.kind}: got {sorted(strange)} too many, and {missing} not at all")
     stated = {}
     for name, (kind, options) in declared.items():
         if name in node.inputs:
             stated[name] = node.inputs[name]
-        elif kind in WIDGETS and not options.get("forceInput"):
+        elif is_widget(kind, options):
             stated[name] = _default(kind, options)
     return stated

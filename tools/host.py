@@ -100,11 +100,12 @@ class Host:
                 raise HostError(f"the host stopped (exit status {self.process.returncode}); its log: {self.log}")
             history = self.ask(f"/history/{number}").get(number)
             if history is not None:
-                return self._pictures(history)
+                return self.pictures(history)
             time.sleep(0.2)
         raise HostError(f"the workflow took longer than {seconds:g} s; the host's log: {self.log}")
 
-    def _pictures(self, history: dict) -> dict[str, bytes]:
+    def pictures(self, history: dict) -> dict[str, bytes]:
+        """The pictures of a run that the host remembers; its error if it failed."""
         for kind, facts in history.get("status", {}).get("messages", []):
             if kind == "execution_error":
                 raise HostError(f"{facts['node_type']}: {facts['exception_message'].strip()}")

@@ -64,6 +64,10 @@ class Page:
         self.tab.wait_for_timeout(700)  # the dialog fades
         self.fit()
 
+    def load(self, graph: dict) -> None:
+        """Load a graph in UI format, in a tab of its own."""
+        self.tab.evaluate("(graph) => app.loadGraphData(graph)", graph)
+
     def fit(self) -> None:
         """Show the whole graph."""
         self.tab.evaluate("() => { app.canvas.deselectAll && app.canvas.deselectAll() }")
@@ -118,6 +122,32 @@ class Page:
         for _ in range(2):
             self.tab.keyboard.press("Escape")
             self.tab.wait_for_timeout(300)
+
+    def graph_picture(self, margin: int = 24) -> bytes:
+        """A PNG of the graph alone at its full size, without what the page has around it."""
+        script = """(margin) => {
+            const canvas = app.canvas, frames = app.graph.nodes.map((node) => node.getBounding())
+            const left = Math.min(...frames.map((f) => f[0])), top = Math.min(...frames.map((f) => f[1]))
+            canvas.deselectAll()
+            canvas.ds.scale = 1
+            canvas.ds.offset = [260 - left, 120 - top]
+            canvas.setDirty(true, true)
+            const frame = canvas.canvas.getBoundingClientRect()
+            return {
+                x: frame.left + 260 - margin, y: frame.top + 120 - margin,
+                width: Math.max(...frames.map((f) => f[0] + f[2])) - left + 2 * margin,
+                height: Math.max(...frames.map((f) => f[1] + f[3])) - top + 2 * margin,
+            }
+        }"""
+        self.tab.mouse.move(5, 5)
+        clip = self.tab.evaluate(script, margin)
+        room = {"width": int(clip["x"] + clip["width"]) + 420, "height": int(clip["y"] + clip["height"]) + 220}
+        before = self.tab.viewport_size
+        self.tab.set_viewport_size(room)
+        self.tab.wait_for_timeout(1500)  # text that stands over the canvas follows it
+        picture = self.tab.screenshot(clip=clip)
+        self.tab.set_viewport_size(before)
+        return picture
 
     def save_picture(self, path: Path) -> None:
         """A screenshot."""

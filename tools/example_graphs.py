@@ -1,0 +1,241 @@
+"""The example of each node's help page: the node among the few that it needs, as a graph.
+
+A graph grows by types. What a node needs comes from the node that usually gives it, and what it gives goes on until
+there is a picture or a text to look at: a new node has an example without a line here. EXAMPLES says what there is to
+say beside that, such as a prompt, or nodes that types do not tell of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from graph_files import SNUG, Graph, Node, declared_inputs, is_widget
+
+__all__ = ["EXAMPLES", "example_graph"]
+
+GIVERS = {
+    "MODEL": ("ZigMaModelLoader", 0), "CLIP": ("ZigMaModelLoader", 1), "VAE": ("ZigMaModelLoader", 2),
+    "CONDITIONING": ("ZigMaTextConditioning", 0), "LATENT": ("ZigMaSampler", 0), "IMAGE": ("ZigMaVAEDecode", 0),
+    "SAMPLER": ("ZigMaODESampler", 0), "SIGMAS": ("ZigMaScheduler", 0), "STRING": ("ZigMaModelDoctor", 0),
+    "ZIGMA_DATASET": ("ZigMaDataset", 0), "ZIGMA_LOSSES": ("ZigMaTrain", 3),
+}  # fmt: skip
+# Inputs whose name says more than their type.
+NAMED = {"negative": ("ZigMaTextConditioning", 1), "latent_image": ("ZigMaEmptyLatent", 0), "file": ("ZigMaTrain", 2)}
+VALUES = {
+    "ZigMaTextConditioning": {"text": "panda face"},
+    "ZigMaSampler": {"steps": 30},
+    "ZigMaVAEDecode": {"enlarge": 4},
+    "ZigMaDataset": {"folder": "badges"},
+    "ZigMaTrain": {"steps": 150, "batch_size": 6},
+}
+CHAIN = ("ZigMaSampler", "ZigMaVAEDecode")  # from a latent to a picture
+EXAMPLES: dict[str, Callable[[Example], None]] = {}
+
+
+def example_graph(subject: str, facts: Mapping[str, dict]) -> Graph:
+    """The example of the node `subject`, by what a host says of all nodes (`/object_info`).
+
+    Raises:
+        ValueError: the host has no such node, or nothing gives what it needs or takes what it gives.
+    """
+    if subject not in facts:
+        raise ValueError(f"got {subject}, expected the id of a node that the host knows; its log says what it refused")
+    grown = Example(subject, facts)
+    EXAMPLES.get(subject, Example.finish)(grown)
+    return grown.graph
+
+
+def example(function: Callable[[Example], None]) -> Callable[[Example], None]:
+    """Of the node whose id is the function's name."""
+    EXAMPLES[function.__name__] = function
+    return function
+
+
+class Example:
+    """A graph that grows around the node `subject`; of most classes it has one node."""
+
+    def __init__(self, subject: str, facts: Mapping[str, dict]) -> None:
+        self.subject, self.facts = subject, facts
+        self.graph = Graph(subject, SNUG, accent=subject)
+        self.nodes: dict[str, Node] = {}
+        self.after: set[int] = set()  # numbers of the subject and of what depends on it
+        self.given: dict[str, list] = {}
+
+    def the(self, kind: str, *connected: str, **values) -> Node:
+        """The node of a class, made when it is first asked for; with what it needs, and these optional inputs."""
+        if kind not in self.nodes:
+            self.nodes[kind] = self.another(kind, *connected, **values)
+            if kind == self.subject:  # what follows it is new: pictures drawn before stay as they are
+                self.nodes = {name: node for name, node in self.nodes.items() if name == kind or name not in CHAIN}
+        return self.nodes[kind]
+
+    def another(self, kind: str, *connected: str, title: str = "", **values) -> Node:
+        """One more node of a class."""
+        inputs = {**VALUES.get(kind, {}), **values}
+        wanted = declared_inputs(self.facts[kind])
+        for name, (type_, options) in wanted.items():
+            needed = name in self.facts[kind]["input_order"].get("required", []) and not is_widget(type_, options)
+            if name not in inputs and (needed or name in connected):
+                inputs[name] = self.give(name, type_)
+        sources = [self.graph.source(value) for value in inputs.values() if isinstance(value, list)]
+        node = self.graph.add(kind, 1 + max((source.column for source in sources), default=-1), title, **inputs)
+        if kind == self.subject or any(source.number in self.after for source in sources):
+            self._follow(node, any(wanted[name][0] == "LATENT" for name in inputs))
+        return node
+
+    def _follow(self, node: Node, takes_latent: bool) -> None:
+        """Let what comes next take what this node gives, in place of what usually gives it."""
+        self.after.add(node.number)
+        given: dict[str, list] = {}
+        for slot, type_ in enumerate(self.facts[node.kind]["output"]):
+            # A latent of nothing that was drawn is one to start from.
+            given.setdefault("latent_image" if type_ == "LATENT" and not takes_latent else type_, []).append(node[slot])
+        self.given |= given
+
+    def give(self, name: str, type_: str) -> list:
+        """What an input is connected to."""
+        role = name if name == "latent_image" else type_
+        if role in self.given:
+            return self.given[role][-1 if name == "negative" else 0]
+        if name not in NAMED and type_ not in GIVERS:
+            raise ValueError(f"say in tools/example_graphs.py what gives {type_}: {self.subject} needs it")
+        kind, slot = NAMED.get(name) or GIVERS[type_]
+        return self.the(kind)[slot]
+
+    def finish(self) -> None:
+        """Show what comes of the subject: its pictures, its texts where it does not itself, else what is drawn."""
+        node, facts = self.the(self.subject), self.facts[self.subject]
+        seen = [slot for slot, type_ in enumerate(facts["output"]) if type_ in ("IMAGE", "STRING")]
+        for slot in [] if facts["output_node"] else seen:
+            self.show(node[slot])
+        if not seen and not facts["output_node"]:
+            self.show(self.give("images", "IMAGE"))
+
+    def trained(self) -> Node:
+        """A run of training, with what the demo model needs for it."""
+        return self.the("ZigMaTrain", "clip", "vae")
+
+    def show(self, source: list, title: str = "") -> None:
+        """A preview below what it shows."""
+        node = self.graph.source(source)
+        picture = self.facts[node.kind]["output"][source[1]] == "IMAGE"
+        kind, name = ("PreviewImage", "images") if picture else ("PreviewAny", "source")
+        self.graph.add(kind, node.column, title, **{name: source})
+
+
+@example
+def ZigMaEmptyLatent(e: Example) -> None:
+    e.the("ZigMaEmptyLatent", batch_size=4)
+    e.finish()
+
+
+@example
+def ZigMaTextConditioning(e: Example) -> None:
+    e.the("ZigMaTextConditioning", "model", text="slice of pizza")
+    e.finish()
+
+
+@example
+def ZigMaLabelConditioning(e: Example) -> None:
+    e.the("ZigMaModelLoader", model_name="zigma-classes.safetensors")
+    e.the("ZigMaEmptyLatent", batch_size=4)
+    e.the("ZigMaLabelConditioning", label_name="apple, fish, heart, moon")
+    e.finish()
+
+
+@example
+def ZigMaNoCondition(e: Example) -> None:
+    e.the("ZigMaModelLoader", model_name="landscape1024_0210000.pt")
+    e.the("ZigMaVAELoader", vae_name="sd-vae-ft-ema.safetensors")
+    e.finish()
+
+
+@example
+def ZigMaSampler(e: Example) -> None:
+    e.the("ZigMaTextConditioning", text="owl")
+    e.the("ZigMaSampler", steps=30, seed=5)
+    e.finish()
+
+
+@example
+def ZigMaODESampler(e: Example) -> None:
+    e.the("ZigMaODESampler", solver="heun")
+    e.the("ZigMaSampler", "sampler", steps=20)
+    e.finish()
+
+
+@example
+def ZigMaSDESampler(e: Example) -> None:
+    e.the("ZigMaSDESampler")
+    e.the("ZigMaSampler", "sampler", steps=100)
+    e.finish()
+
+
+@example
+def ZigMaScheduler(e: Example) -> None:
+    e.the("ZigMaScheduler", steps=20, spacing="cosine")
+    e.the("SamplerCustom")
+    e.finish()
+
+
+@example
+def ZigMaVAEEncode(e: Example) -> None:
+    e.the("ZigMaVAEEncode")
+    e.the("ZigMaSampler", denoise=0.8, seed=1, steps=30)
+    e.finish()
+
+
+@example
+def ZigMaLoraLoader(e: Example) -> None:
+    e.the("ZigMaTextConditioning", text="owl")
+    e.the("ZigMaLoraLoader", lora_name="zigma/first_00001_.safetensors")
+    e.finish()
+
+
+@example
+def ZigMaScanOrder(e: Example) -> None:
+    ordered = e.the("ZigMaScanOrder", order="sweep", variants="0")
+    e.show(ordered[1])
+    e.show(e.the("ZigMaVAEDecode")[0])
+
+
+@example
+def ZigMaScanOrderPreview(e: Example) -> None:
+    ordered = e.the("ZigMaScanOrder", order="hilbert", variants="0, 1")
+    e.the("ZigMaScanOrderPreview", model=ordered[0])
+    e.finish()
+
+
+@example
+def ZigMaPictureSheet(e: Example) -> None:
+    few, many = (e.another("ZigMaSampler", title=f"{steps} steps", steps=steps) for steps in (4, 40))
+    decoded = [e.another("ZigMaVAEDecode", samples=drawn[0]) for drawn in (few, many)]
+    e.the("ZigMaPictureSheet", images=decoded[0][0], images_2=decoded[1][0], captions="4 steps\n40 steps")
+    e.finish()
+
+
+@example
+def ZigMaModelDoctor(e: Example) -> None:
+    e.the("ZigMaModelDoctor", "clip", "vae")
+
+
+@example
+def ZigMaSaveModel(e: Example) -> None:
+    e.the("ZigMaSaveModel", "clip", "vae", dtype="bfloat16")
+
+
+@example
+def ZigMaTrain(e: Example) -> None:
+    e.show(e.trained()[4])
+
+
+@example
+def ZigMaLossPlot(e: Example) -> None:
+    e.trained()
+    e.finish()
+
+
+@example
+def ZigMaSaveLora(e: Example) -> None:
+    e.trained()
+    e.finish()

@@ -69,16 +69,18 @@ class Example:
                 self.nodes = {name: node for name, node in self.nodes.items() if name == kind or name not in CHAIN}
         return self.nodes[kind]
 
-    def another(self, kind: str, *connected: str, title: str = "", **values) -> Node:
-        """One more node of a class."""
+    def another(self, kind: str, *connected: str, title: str = "", column: int | None = None, **values) -> Node:
+        """One more node of a class, in the column after what it needs or in a given one."""
         inputs = {**VALUES.get(kind, {}), **values}
         wanted = declared_inputs(self.facts[kind])
         for name, (type_, options) in wanted.items():
             needed = name in self.facts[kind]["input_order"].get("required", []) and not is_widget(type_, options)
             if name not in inputs and (needed or name in connected):
-                inputs[name] = self.give(name, type_)
+                inputs[name] = self.give(name, type_, kind)
         sources = [self.graph.source(value) for value in inputs.values() if isinstance(value, list)]
-        node = self.graph.add(kind, 1 + max((source.column for source in sources), default=-1), title, **inputs)
+        if column is None:
+            column = 1 + max((source.column for source in sources), default=-1)
+        node = self.graph.add(kind, column, title, **inputs)
         if kind == self.subject or any(source.number in self.after for source in sources):
             self._follow(node, any(wanted[name][0] == "LATENT" for name in inputs))
         return node
@@ -92,15 +94,15 @@ class Example:
             given.setdefault("latent_image" if type_ == "LATENT" and not takes_latent else type_, []).append(node[slot])
         self.given |= given
 
-    def give(self, name: str, type_: str) -> list:
-        """What an input is connected to."""
+    def give(self, name: str, type_: str, kind: str = "") -> list:
+        """What an input of a node of class `kind` is connected to."""
         role = name if name == "latent_image" else type_
-        if role in self.given:
+        if role in self.given and (kind, type_) != ("ZigMaEmptyLatent", "MODEL"):  # sizes, which nobody changes
             return self.given[role][-1 if name == "negative" else 0]
         if name not in NAMED and type_ not in GIVERS:
             raise ValueError(f"say in tools/example_graphs.py what gives {type_}: {self.subject} needs it")
-        kind, slot = NAMED.get(name) or GIVERS[type_]
-        return self.the(kind)[slot]
+        giver, slot = NAMED.get(name) or GIVERS[type_]
+        return self.the(giver)[slot]
 
     def finish(self) -> None:
         """Show what comes of the subject: its pictures, its texts where it does not itself, else what is drawn."""
@@ -115,18 +117,12 @@ class Example:
         """A run of training, with what the demo model needs for it."""
         return self.the("ZigMaTrain", "clip", "vae")
 
-    def show(self, source: list, title: str = "") -> None:
-        """A preview below what it shows."""
+    def show(self, source: list, column: int | None = None) -> None:
+        """A preview, below what it shows or in a given column."""
         node = self.graph.source(source)
         picture = self.facts[node.kind]["output"][source[1]] == "IMAGE"
         kind, name = ("PreviewImage", "images") if picture else ("PreviewAny", "source")
-        self.graph.add(kind, node.column, title, **{name: source})
-
-
-@example
-def ZigMaEmptyLatent(e: Example) -> None:
-    e.the("ZigMaEmptyLatent", batch_size=4)
-    e.finish()
+        self.graph.add(kind, node.column if column is None else column, **{name: source})
 
 
 @example
@@ -138,27 +134,37 @@ def ZigMaTextConditioning(e: Example) -> None:
 @example
 def ZigMaLabelConditioning(e: Example) -> None:
     e.the("ZigMaModelLoader", model_name="zigma-classes.safetensors")
-    e.the("ZigMaEmptyLatent", batch_size=4)
     e.the("ZigMaLabelConditioning", label_name="apple, fish, heart, moon")
+    e.the("ZigMaEmptyLatent", batch_size=4)
     e.finish()
 
 
 @example
 def ZigMaNoCondition(e: Example) -> None:
-    e.the("ZigMaModelLoader", model_name="landscape1024_0210000.pt")
-    e.the("ZigMaVAELoader", vae_name="sd-vae-ft-ema.safetensors")
+    e.the("ZigMaModelLoader", model_name="zigma-unconditional.safetensors")
+    e.the("ZigMaNoCondition")
+    e.the("ZigMaEmptyLatent", batch_size=4)
+    e.the("ZigMaSampler", cfg=1.0)
+    e.finish()
+
+
+@example
+def ZigMaEmptyLatent(e: Example) -> None:
+    e.the("ZigMaTextConditioning")
+    e.the("ZigMaEmptyLatent", batch_size=4)
     e.finish()
 
 
 @example
 def ZigMaSampler(e: Example) -> None:
     e.the("ZigMaTextConditioning", text="owl")
-    e.the("ZigMaSampler", steps=30, seed=5)
+    e.the("ZigMaSampler", seed=5)
     e.finish()
 
 
 @example
 def ZigMaODESampler(e: Example) -> None:
+    e.the("ZigMaTextConditioning", text="red apple")
     e.the("ZigMaODESampler", solver="heun")
     e.the("ZigMaSampler", "sampler", steps=20)
     e.finish()
@@ -166,6 +172,7 @@ def ZigMaODESampler(e: Example) -> None:
 
 @example
 def ZigMaSDESampler(e: Example) -> None:
+    e.the("ZigMaTextConditioning", text="red apple")
     e.the("ZigMaSDESampler")
     e.the("ZigMaSampler", "sampler", steps=100)
     e.finish()
@@ -173,30 +180,43 @@ def ZigMaSDESampler(e: Example) -> None:
 
 @example
 def ZigMaScheduler(e: Example) -> None:
+    e.the("ZigMaTextConditioning", text="penguin")
     e.the("ZigMaScheduler", steps=20, spacing="cosine")
-    e.the("SamplerCustom")
+    e.the("SamplerCustom", cfg=3.0)
+    e.finish()
+
+
+@example
+def ZigMaVAEDecode(e: Example) -> None:
+    e.the("ZigMaTextConditioning", text="sunflower")
     e.finish()
 
 
 @example
 def ZigMaVAEEncode(e: Example) -> None:
-    e.the("ZigMaVAEEncode")
-    e.the("ZigMaSampler", denoise=0.8, seed=1, steps=30)
+    e.the("ZigMaModelLoader")
+    picture = e.another("LoadImage", image="example.png")
+    e.the("ZigMaTextConditioning", text="green apple")
+    small = e.another("ImageScale", "image", image=picture[0], width=64, height=64, crop="center")
+    e.the("ZigMaVAEEncode", pixels=small[0])
+    e.the("ZigMaSampler", column=2, denoise=0.8)
     e.finish()
 
 
 @example
 def ZigMaLoraLoader(e: Example) -> None:
     e.the("ZigMaTextConditioning", text="owl")
+    e.the("ZigMaEmptyLatent")
     e.the("ZigMaLoraLoader", lora_name="zigma/first_00001_.safetensors")
     e.finish()
 
 
 @example
 def ZigMaScanOrder(e: Example) -> None:
-    ordered = e.the("ZigMaScanOrder", order="sweep", variants="0")
-    e.show(ordered[1])
-    e.show(e.the("ZigMaVAEDecode")[0])
+    ordered = e.the("ZigMaScanOrder", order="sweep")
+    picture = e.the("ZigMaVAEDecode")
+    e.show(ordered[1], column=2)
+    e.show(picture[0])
 
 
 @example
@@ -208,9 +228,9 @@ def ZigMaScanOrderPreview(e: Example) -> None:
 
 @example
 def ZigMaPictureSheet(e: Example) -> None:
-    few, many = (e.another("ZigMaSampler", title=f"{steps} steps", steps=steps) for steps in (4, 40))
-    decoded = [e.another("ZigMaVAEDecode", samples=drawn[0]) for drawn in (few, many)]
-    e.the("ZigMaPictureSheet", images=decoded[0][0], images_2=decoded[1][0], captions="4 steps\n40 steps")
+    drawn = [e.another("ZigMaSampler", title=f"{steps} steps", steps=steps) for steps in (4, 40)]
+    first, second = (e.another("ZigMaVAEDecode", samples=latent[0])[0] for latent in drawn)
+    e.the("ZigMaPictureSheet", images=first, images_2=second, captions="4 steps\n40 steps")
     e.finish()
 
 

@@ -22,18 +22,26 @@ ACCENT = {"color": "#223", "bgcolor": "#335"}  # the canvas's own blue
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes in canvas pixels: from column to column, of a node without rows, of its rows, of nodes that show things."""
+    """Sizes in canvas pixels: from column to column, of a node without rows, of its rows; of nodes that show things."""
 
     column: int
     bare: int
     line: int
     text: int
-    shown: dict[str, int]
-    outputs_take_rows: bool
+    heights: dict[str, int]
+    widths: dict[str, int] = field(default_factory=dict)
+    outputs_take_rows: bool = True
 
 
-ROOMY = Layout(360, 60, 26, 100, {"SaveImage": 420, "PreviewImage": 420, "SaveAnimatedWEBP": 460, "PreviewAny": 300}, False)
-SNUG = Layout(270, 14, 24, 70, {"PreviewImage": 276, "PreviewAny": 160}, True)
+ROOMY = Layout(
+    360, 60, 26, 100, {"SaveImage": 420, "PreviewImage": 420, "SaveAnimatedWEBP": 460, "PreviewAny": 300},
+    outputs_take_rows=False,
+)  # fmt: skip
+SNUG = Layout(
+    270, 14, 24, 70,
+    {"PreviewImage": 276, "PreviewAny": 276, "ZigMaModelDoctor": 760, "ZigMaDataset": 460, "ZigMaTrain": 560},
+    {"ZigMaModelDoctor": 440, "ZigMaDataset": 340},
+)  # fmt: skip
 
 
 @dataclass
@@ -137,11 +145,11 @@ class Graph:
         sockets = sum("widget" not in entry for entry in inputs)
         if layout.outputs_take_rows:
             height += layout.line * max(0, len(outputs) - sockets)
-        height = max(layout.shown.get(node.kind, 0), height, layout.bare + layout.line * len(outputs))
+        height = max(layout.heights.get(node.kind, 0), height, layout.bare + layout.line * len(outputs))
         return {
             "id": node.number, "type": node.kind, "pos": self._place(below, node.column, height),
-            "size": [self.layout.column - 40, height], "flags": {}, "order": node.number - 1, "mode": 0, "inputs": inputs,
-            "outputs": outputs, "properties": {"Node name for S&R": node.kind}, "widgets_values": values,
+            "size": [layout.widths.get(node.kind, layout.column - 40), height], "flags": {}, "order": node.number - 1,
+            "mode": 0, "inputs": inputs, "outputs": outputs, "properties": {"Node name for S&R": node.kind}, "widgets_values": values,
             "title": node.title or facts["display_name"], **(ACCENT if node.kind == self.accent else {}),
         }  # fmt: skip
 

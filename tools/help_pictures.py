@@ -24,21 +24,25 @@ from host import Host, HostError, find_hosts, make_base, running  # noqa: E402
 from page import Page, find_chromium, opened  # noqa: E402
 
 EXAMPLES = ROOT / "web/docs/examples"
-COLOURS = 128
 SECONDS = 300
+AFTER = {"ZigMaLoraLoader": "ZigMaSaveLora"}  # whose example writes the file
 
 
 def main(names: list[str]) -> None:
     """The examples of these nodes, or of all."""
-    from tiny_models import write_models
+    from help_models import write_models
 
     with tempfile.TemporaryDirectory(prefix="ComfyUI-") as folder:
         base = make_base(Path(folder))
-        write_models(base)
+        write_models(base, names)
         with running(find_hosts()[0], base) as comfy, opened(comfy.url, find_chromium()) as page:
             page.close_dialogs()
             facts = comfy.ask("/object_info")
-            for name in names or sorted(kind for kind in facts if kind.startswith("ZigMa")):
+            wanted = names or [kind for kind in facts if kind.startswith("ZigMa")]
+            for name in sorted(wanted, key=lambda name: (name in AFTER, name)):
+                if name in AFTER and AFTER[name] not in wanted:
+                    comfy.run(example_graph(AFTER[name], facts).as_api(facts))
+                page.tab.evaluate("() => app.refreshComboInNodes()")
                 ui = example_graph(name, facts).as_ui(facts)
                 shown = _shown(page, comfy, ui)
                 EXAMPLES.mkdir(exist_ok=True)
@@ -66,7 +70,8 @@ def _with_graph(picture: Image.Image, ui: dict) -> bytes:
     """A PNG of few colours with a graph in it, as a canvas reads it."""
     facts, file = PngInfo(), io.BytesIO()
     facts.add_text("workflow", json.dumps(ui, separators=(",", ":")))
-    picture.quantize(COLOURS, dither=Image.Dither.NONE).save(file, "png", pnginfo=facts, optimize=True)
+    # An octree keeps the colours of thin links, which are few pixels.
+    picture.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(file, "png", pnginfo=facts, optimize=True)
     return file.getvalue()
 
 

@@ -117,12 +117,12 @@ class Example:
         """A run of training, with what the demo model needs for it."""
         return self.the("ZigMaTrain", "clip", "vae")
 
-    def show(self, source: list, column: int | None = None) -> None:
+    def show(self, source: list, column: int | None = None) -> Node:
         """A preview, below what it shows or in a given column."""
         node = self.graph.source(source)
         picture = self.facts[node.kind]["output"][source[1]] == "IMAGE"
         kind, name = ("PreviewImage", "images") if picture else ("PreviewAny", "source")
-        self.graph.add(kind, node.column if column is None else column, **{name: source})
+        return self.graph.add(kind, node.column if column is None else column, **{name: source})
 
 
 @example
@@ -144,7 +144,7 @@ def ZigMaNoCondition(e: Example) -> None:
     e.the("ZigMaModelLoader", model_name="zigma-unconditional.safetensors")
     e.the("ZigMaNoCondition")
     e.the("ZigMaEmptyLatent", batch_size=4)
-    e.the("ZigMaSampler", cfg=1.0)
+    e.the("ZigMaSampler", seed=3, cfg=1.0)
     e.finish()
 
 
@@ -197,7 +197,9 @@ def ZigMaVAEEncode(e: Example) -> None:
     e.the("ZigMaModelLoader")
     picture = e.another("LoadImage", image="example.png")
     e.the("ZigMaTextConditioning", text="green apple")
-    small = e.another("ImageScale", "image", image=picture[0], width=64, height=64, crop="center")
+    small = e.another(
+        "ImageScale", image=picture[0], upscale_method="lanczos", width=64, height=64, crop="center"
+    )  # fmt: skip
     e.the("ZigMaVAEEncode", pixels=small[0])
     e.the("ZigMaSampler", column=2, denoise=0.8)
     e.finish()
@@ -205,57 +207,66 @@ def ZigMaVAEEncode(e: Example) -> None:
 
 @example
 def ZigMaLoraLoader(e: Example) -> None:
-    e.the("ZigMaTextConditioning", text="owl")
-    e.the("ZigMaEmptyLatent")
     e.the("ZigMaLoraLoader", lora_name="zigma/first_00001_.safetensors")
+    e.the("ZigMaTextConditioning", text="apple")
     e.finish()
 
 
 @example
 def ZigMaScanOrder(e: Example) -> None:
-    ordered = e.the("ZigMaScanOrder", order="sweep")
-    picture = e.the("ZigMaVAEDecode")
-    e.show(ordered[1], column=2)
-    e.show(picture[0])
+    ordered = e.the("ZigMaScanOrder", order="hilbert", variants="0, 1", layers="6, 7")
+    e.show(e.the("ZigMaVAEDecode")[0])
+    e.show(ordered[1], column=3)
 
 
 @example
 def ZigMaScanOrderPreview(e: Example) -> None:
     ordered = e.the("ZigMaScanOrder", order="hilbert", variants="0, 1")
-    e.the("ZigMaScanOrderPreview", model=ordered[0])
-    e.finish()
+    drawn = e.the("ZigMaScanOrderPreview", model=ordered[0])
+    drawn.size = (252, 230)  # its whole name
+    e.show(drawn[0], column=3).size = (430, 320)
+    e.show(drawn[1], column=1).size = (690, 270)  # a line of the table
 
 
 @example
 def ZigMaPictureSheet(e: Example) -> None:
     drawn = [e.another("ZigMaSampler", title=f"{steps} steps", steps=steps) for steps in (4, 40)]
     first, second = (e.another("ZigMaVAEDecode", samples=latent[0])[0] for latent in drawn)
-    e.the("ZigMaPictureSheet", images=first, images_2=second, captions="4 steps\n40 steps")
-    e.finish()
+    sheet = e.the(
+        "ZigMaPictureSheet", images=first, images_2=second, captions="4 steps\n40 steps", text_size=22
+    )  # fmt: skip
+    e.show(sheet[0]).size = (340, 270)
 
 
 @example
 def ZigMaModelDoctor(e: Example) -> None:
-    e.the("ZigMaModelDoctor", "clip", "vae")
+    report = e.the("ZigMaModelDoctor", "clip", "vae")
+    report.size = (230, 420)
+    e.show(report[0], column=2).size = (480, 700)
 
 
 @example
 def ZigMaSaveModel(e: Example) -> None:
-    e.the("ZigMaSaveModel", "clip", "vae", dtype="bfloat16")
+    e.the("ZigMaSaveModel", "clip", "vae", dtype="bfloat16").size = (340, 220)
+
+
+@example
+def ZigMaDataset(e: Example) -> None:
+    e.the("ZigMaDataset").size = (340, 480)
 
 
 @example
 def ZigMaTrain(e: Example) -> None:
-    e.show(e.trained()[4])
+    e.show(e.trained()[4], column=2).size = (380, 420)
 
 
 @example
 def ZigMaLossPlot(e: Example) -> None:
     e.trained()
-    e.finish()
+    e.show(e.the("ZigMaLossPlot")[0]).size = (480, 290)
 
 
 @example
 def ZigMaSaveLora(e: Example) -> None:
     e.trained()
-    e.finish()
+    e.the("ZigMaSaveLora").size = (340, 150)

@@ -29,7 +29,6 @@ class Layout:
     line: int
     text: int
     heights: dict[str, int]
-    widths: dict[str, int] = field(default_factory=dict)
     outputs_take_rows: bool = True
 
 
@@ -37,22 +36,19 @@ ROOMY = Layout(
     360, 60, 26, 100, {"SaveImage": 420, "PreviewImage": 420, "SaveAnimatedWEBP": 460, "PreviewAny": 300},
     outputs_take_rows=False,
 )  # fmt: skip
-SNUG = Layout(
-    270, 14, 24, 70,
-    {"PreviewImage": 276, "PreviewAny": 276, "ZigMaModelDoctor": 760, "ZigMaDataset": 460, "ZigMaTrain": 560},
-    {"ZigMaModelDoctor": 440, "ZigMaDataset": 340},
-)  # fmt: skip
+SNUG = Layout(270, 14, 24, 70, {"PreviewImage": 276, "PreviewAny": 276, "ZigMaDataset": 460, "ZigMaTrain": 560})
 
 
 @dataclass
 class Node:
-    """A node of a graph; `node[1]` is its second output, as an input of another."""
+    """A node of a graph; `node[1]` is its second output, as an input of another. `size` stands above the layout's."""
 
     number: int
     kind: str
     title: str
     inputs: dict
     column: int
+    size: tuple[int, int] | None = None
 
     def __getitem__(self, slot: int) -> list:
         return [str(self.number), slot]
@@ -104,9 +100,9 @@ class Graph:
             height = 110 + 22 * sum(1 + len(line) // 44 for line in text.splitlines())
             place = self._place(below, column, height)
             nodes.append({
-                "id": number, "type": "MarkdownNote", "pos": place, "size": [self.layout.column - 40, height], "flags": {},
-                "order": number - 1, "mode": 0, "inputs": [], "outputs": [], "title": title, "properties": {},
-                "widgets_values": [text], **NOTE_COLOURS,
+                "id": number, "type": "MarkdownNote", "pos": place, "size": [self.layout.column - 40, height],
+                "flags": {}, "order": number - 1, "mode": 0, "inputs": [], "outputs": [], "title": title,
+                "properties": {}, "widgets_values": [text], **NOTE_COLOURS,
             })  # fmt: skip
         drawn = {node.number: self._drawn(node, facts[node.kind], below) for node in self.nodes}
         for node in self.nodes:
@@ -146,10 +142,11 @@ class Graph:
         if layout.outputs_take_rows:
             height += layout.line * max(0, len(outputs) - sockets)
         height = max(layout.heights.get(node.kind, 0), height, layout.bare + layout.line * len(outputs))
+        size = list(node.size or (layout.column - 40, height))
         return {
-            "id": node.number, "type": node.kind, "pos": self._place(below, node.column, height),
-            "size": [layout.widths.get(node.kind, layout.column - 40), height], "flags": {}, "order": node.number - 1,
-            "mode": 0, "inputs": inputs, "outputs": outputs, "properties": {"Node name for S&R": node.kind}, "widgets_values": values,
+            "id": node.number, "type": node.kind, "pos": self._place(below, node.column, size[1]), "size": size,
+            "flags": {}, "order": node.number - 1, "mode": 0, "inputs": inputs, "outputs": outputs,
+            "properties": {"Node name for S&R": node.kind}, "widgets_values": values,
             "title": node.title or facts["display_name"], **(ACCENT if node.kind == self.accent else {}),
         }  # fmt: skip
 

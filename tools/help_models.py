@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-__all__ = ["write_models"]
+__all__ = ["write_files"]
 
 ROOT = Path(__file__).resolve().parents[1]
 BADGES = ROOT / "workflows/badges"
@@ -19,7 +19,7 @@ CLASSES = ("apple", "fish", "heart", "moon")
 CONFIG = """
 [run]
 folder = "{folder}/run"
-steps = 1200
+steps = 2000
 batch_size = 4
 precision = "fp32"
 ema = 0.98
@@ -43,8 +43,8 @@ warmup = 0.05
 """
 
 
-def write_models(base: Path, nodes: list[str]) -> None:
-    """Fill the folders of a host's base directory with what the examples of these nodes need; of all if there are none."""
+def write_files(base: Path, nodes: list[str]) -> None:
+    """Fill the folders of a host's base directory with what the examples of these nodes need, or of all."""
     shutil.copy(BADGES / "apple.png", base / "input" / "example.png")  # a fresh host has another one of that name
     if not nodes or "ZigMaLabelConditioning" in nodes:
         _learn(base, "zigma-classes", "classes", {name: f"{name}/{name}.png" for name in CLASSES})

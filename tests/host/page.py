@@ -65,7 +65,8 @@ class Page:
         self.fit()
 
     def load(self, graph: dict) -> None:
-        """Load a graph in UI format, in a tab of its own."""
+        """Load a graph in UI format, in a tab of its own; files that came since the page was opened are known."""
+        self.tab.evaluate("() => app.refreshComboInNodes()")
         self.tab.evaluate("(graph) => app.loadGraphData(graph)", graph)
 
     def fit(self) -> None:

@@ -1,7 +1,8 @@
 """Write the examples of help pages and their pictures: `python tools/help_pictures.py [NODE ...]`.
 
 web/docs/examples/NODE.json is a graph of tools/example_graphs.py; NODE.png is what the page of a ComfyUI (COMFYUI_PATH)
-shows of it when it has run, and has the graph in itself: dragged onto a canvas it loads. Look at it before you commit it.
+shows of it when it has run, and has the graph in itself: dragged onto a canvas it loads. Look at it before it is
+committed.
 """
 
 from __future__ import annotations

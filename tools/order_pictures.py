@@ -1,4 +1,4 @@
-"""Draw the pictures of token orders in the documents: docs/images/kinds.png, orders.png, and those of three help pages.
+"""Draw pictures of documents that need no host: token orders (docs/images/kinds.png, orders.png), four help pages.
 
 python tools/order_pictures.py                     # all, into their places
 python tools/order_pictures.py kinds preview       # some
@@ -6,6 +6,7 @@ python tools/order_pictures.py kinds preview       # some
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from zigma.order_table import LayerPath
 from zigma.sampling import sample
 from zigma.scan_orders import count_jumps, scan_order
 from zigma.sheet import enlarge, labelled_sheet, save_picture, to_pictures
+from zigma.time_grids import SPACINGS, sigma_grid
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("sweep", "zigzag", "hilbert", "hilbert-published", "diagonal")
@@ -92,11 +94,35 @@ def sheet() -> Image.Image:
     return labelled_sheet(pictures, captions, columns=4, title="One seed, four orders", text_size=15)
 
 
+def spacings() -> Image.Image:
+    """The sigmas of 20 steps, by spacing and by shift."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(7.6, 3.3), dpi=110, layout="constrained", sharey=True)
+    for name in SPACINGS:
+        left.plot(sigma_grid(20, name), ".-", label=name)
+    for shift in (0.5, 1, 2, 4):
+        right.plot(sigma_grid(20, "uniform", shift), ".-", label=f"shift {shift:g}")
+    left.set(title="spacing", xlabel="step", ylabel="sigma: from noise to picture")
+    right.set(title="shift, of uniform", xlabel="step")
+    for axes in (left, right):
+        axes.set_xticks(range(0, 21, 5))
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    file = io.BytesIO()
+    figure.savefig(file)
+    return Image.open(file).convert("RGB")
+
+
 PICTURES = {
     "kinds": (kinds, "docs/images/kinds.png"),
     "orders": (orders, "docs/images/orders.png"),
     "schedule": (lambda: draw_paths(paths(SCHEDULE, 8), columns=4), "web/docs/ZigMaScanOrder.png"),
     "preview": (preview, "web/docs/ZigMaScanOrderPreview.png"),
+    "spacings": (spacings, "web/docs/ZigMaScheduler.png"),
     "sheet": (sheet, "web/docs/ZigMaPictureSheet.png"),
 }
 

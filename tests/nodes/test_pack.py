@@ -1,4 +1,4 @@
-"""What can be known of the pack without a host: entry point, help pages, workflows. The rest is in tests/host."""
+"""What can be known of the pack without a host: entry point, imports, workflows. The rest is in tests/host."""
 
 from __future__ import annotations
 
@@ -6,16 +6,10 @@ import ast
 import asyncio
 import importlib.util
 import json
-import re
-from pathlib import Path
 
 import pytest
+from ui_format import NODE_IDS, ROOT, SOURCES, as_api
 
-ROOT = Path(__file__).resolve().parents[2]
-SOURCES = sorted((ROOT / "nodes").glob("*.py"))
-NODE_IDS = sorted(
-    match for path in SOURCES for match in re.findall(r'node_id="(\w+)"', path.read_text(encoding="utf-8"))
-)  # fmt: skip
 # Stock nodes that workflows use; whether they exist is asked in a real host, which runs the workflows.
 STOCK = {
     "CFGGuider", "CLIPTextEncode", "KSampler", "MarkdownNote", "MaskComposite", "PreviewImage", "RandomNoise",
@@ -45,48 +39,13 @@ def test_nodes_import_zigma_relatively_and_the_adapters_alone_the_hosts_model_cl
             assert not adapter or path.name.startswith("comfy_"), name
 
 
-@pytest.mark.parametrize("node", NODE_IDS)
-def test_every_node_has_a_help_page_with_an_example(node):
-    page = (ROOT / "web/docs" / f"{node}.md").read_text(encoding="utf-8")
-    for heading in ("| Input | Meaning |", "| Output | Meaning |", "## Example", "## Common mistakes"):
-        assert heading in page
-
-
-def test_there_is_no_help_page_without_a_node():
-    assert sorted(path.stem for path in (ROOT / "web/docs").glob("*.md")) == NODE_IDS
-
-
 @pytest.mark.parametrize("path", API, ids=lambda path: path.stem)
 def test_workflows_use_known_nodes_and_the_two_formats_say_the_same(path):
     api = json.loads(path.read_text(encoding="utf-8"))
     ui = json.loads((ROOT / "workflows" / path.name).read_text(encoding="utf-8"))
     assert {node["class_type"] for node in api.values()} <= {*NODE_IDS, *STOCK}
-    assert _as_api(ui) == {key: {"class_type": n["class_type"], "inputs": n["inputs"]} for key, n in api.items()}
+    assert as_api(ui) == {key: {"class_type": n["class_type"], "inputs": n["inputs"]} for key, n in api.items()}
 
 
 def test_every_workflow_is_there_in_both_formats():
     assert [path.name for path in API] == sorted(path.name for path in (ROOT / "workflows").glob("*.json"))
-
-
-def _as_api(ui: dict) -> dict:
-    """The UI format as the frontend would send it."""
-    links = {link[0]: [str(link[1]), link[2]] for link in ui["links"]}
-    sent = {}
-    for node in ui["nodes"]:
-        if node["type"] == "MarkdownNote":
-            continue
-        values, inputs = list(node["widgets_values"]), {}
-        for slot in node["inputs"]:
-            if "widget" in slot:
-                inputs[slot["name"]] = values.pop(0)
-                if values and values[0] in ("fixed", "randomize", "increment", "decrement"):
-                    values.pop(0)  # what a canvas does with a seed after each run
-            elif slot["link"] is not None:  # an optional one may be left open
-                inputs[slot["name"]] = links[slot["link"]]
-        assert not values
-        sent[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
-    for number, source, slot, target, target_slot, _ in ui["links"]:
-        by_id = {node["id"]: node for node in ui["nodes"]}
-        assert by_id[target]["inputs"][target_slot]["link"] == number
-        assert number in by_id[source]["outputs"][slot]["links"]
-    return sent

@@ -110,6 +110,22 @@ class Page:
         self.select(number)
         self.tab.locator("[data-testid='info-button']").first.click()
 
+    def help_picture(self, name: str):
+        """A picture of the help page that is open, in view and loaded."""
+        picture = self.tab.locator(f"img[src$='{name}']").first
+        picture.scroll_into_view_if_needed()
+        self.tab.wait_for_function("(image) => image.naturalWidth > 0", arg=picture.element_handle())
+        self.tab.wait_for_timeout(500)  # pictures above it move it
+        return picture
+
+    def drop_on_canvas(self, picture) -> None:
+        """Drag a picture of the page onto an empty place of the canvas."""
+        picture.hover()
+        self.tab.mouse.down()
+        self.tab.mouse.move(600, 800, steps=8)
+        self.tab.mouse.move(610, 810, steps=4)
+        self.tab.mouse.up()
+
     def errors(self) -> dict:
         """Node number -> messages of the refusal that the page shows on that node."""
         self.tab.wait_for_function("() => !!app.lastNodeErrors && Object.keys(app.lastNodeErrors).length > 0")

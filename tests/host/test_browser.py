@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from found_hosts import FAILED, NEEDS_HOST, ROOT
 from page import find_chromium, opened
+from ui_format import as_api
 
 from zigma.assets import available_models
 
@@ -70,7 +71,7 @@ def test_a_workflow_from_the_templates_draws_in_its_nodes(page, screenshot, path
     screenshot(path.stem)
 
 
-def test_a_nodes_help_page_opens_beside_the_canvas(page, screenshot):
+def test_a_nodes_help_page_opens_beside_the_canvas_and_its_picture_brings_a_graph(page, screenshot):
     ui, api = read(ROOT / "workflows/text_to_image.json")
     page.open_template("ZigMa", "text_to_image", len(ui["nodes"]))
     number = next(int(key) for key, node in api.items() if node["class_type"] == "ZigMaSampler")
@@ -78,6 +79,15 @@ def test_a_nodes_help_page_opens_beside_the_canvas(page, screenshot):
     page.tab.get_by_role("heading", name="Common mistakes").first.wait_for()
     assert page.tab.get_by_role("cell", name="Intervals of the time grid.").count() > 0
     screenshot("help")
+    picture = page.help_picture("/docs/examples/ZigMaSampler.png")
+    screenshot("help-picture")
+    page.drop_on_canvas(picture)
+    example = json.loads((ROOT / "web/docs/examples/ZigMaSampler.json").read_text(encoding="utf-8"))
+    page.tab.wait_for_function("(count) => app.graph.nodes.length === count", arg=len(example["nodes"]))
+    sent, stated = page.prompt(), as_api(example)
+    assert {key: node["class_type"] for key, node in sent.items()} == {k: n["class_type"] for k, n in stated.items()}
+    for key, node in stated.items():
+        assert {name: sent[key]["inputs"].get(name) for name in node["inputs"]} == node["inputs"], node["class_type"]
 
 
 def test_a_wrong_value_is_shown_on_its_node(page, screenshot):

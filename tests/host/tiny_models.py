@@ -18,6 +18,7 @@ from zigma.model import ZigMa
 from zigma.text import TextEncoderConfig, WordTextEncoder
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "data" / "published_checkpoint.pt"
+BADGES = Path(__file__).resolve().parents[2] / "workflows" / "badges"
 
 
 def random_model(**fields) -> ZigMa:
@@ -98,26 +99,29 @@ def write_clip(path: Path) -> None:
 
 
 def write_workflow_models(base: Path) -> None:
-    """Tiny ones under the names of the files that the shipped workflows ask for, and that are not shipped."""
+    """Tiny ones under the names of the files that workflows and help pages ask for, and that are not shipped."""
     own, vaes, loras = (base / "models" / name for name in ("zigma", "vae", "loras"))
-    for folder in (own, loras):
+    for folder in (own, loras / "zigma"):
         folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(BADGES / "apple.png", base / "input" / "example.png")  # a fresh host has another one of that name
     shutil.copy(PUBLISHED, own / "landscape1024_0210000.pt")
     torch.manual_seed(0)
     save_file(AutoencoderKL((32, 32, 32, 32), 1, 4).state_dict(), vaes / "sd-vae-ft-ema.safetensors")
     if available_models():
         write_examples(own)
-        write_lora(available_models()["demo"], loras / "zigma-lora.safetensors")
+        for name in ("zigma-lora.safetensors", "zigma/first_00001_.safetensors"):
+            write_lora(available_models()["demo"], loras / name)
 
 
 def write_examples(folder: Path) -> None:
-    """A class model and a video model that know nothing, on the demo's latents: what they draw has colours."""
+    """Models of classes, of no condition and of videos that know nothing; on the demo's latents: they draw colours."""
     demo = read_checkpoint(available_models()["demo"])
     parts = {"autoencoder": autoencoder_from_state_dict(demo.vae_state), "latent": demo.latent}
     fields = {"in_channels": 8, "embed_dim": 32, "depth": 2, "img_dim": (8, 8), "use_pe": 2}
-    facts = ConditionFacts(null=4, label_names=("fox", "owl", "tench, Tinca tinca", "red panda", "nothing"))
+    facts = ConditionFacts(null=4, label_names=("apple", "fish", "heart", "moon", "nothing"))
     classes = random_model(**fields, num_classes=5)
     save_checkpoint(classes, folder / "zigma-classes.safetensors", **parts, condition=facts)
+    save_checkpoint(random_model(**fields), folder / "zigma-unconditional.safetensors", **parts)
     text = WordTextEncoder(TextEncoderConfig(("red", "green", "apple", "fox"), length=6, width=16))
     video = random_model(**fields, scan_type="video_sst", video_frames=4, tpe=True, has_text=True, d_context=16)
     save_checkpoint(video, folder / "zigma-video.safetensors", **parts, text_encoder=text)

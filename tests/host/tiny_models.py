@@ -121,10 +121,10 @@ def write_examples(folder: Path) -> None:
     facts = ConditionFacts(null=4, label_names=("apple", "fish", "heart", "moon", "nothing"))
     classes = random_model(**fields, num_classes=5)
     save_checkpoint(classes, folder / "zigma-classes.safetensors", **parts, condition=facts)
-    save_checkpoint(random_model(**fields), folder / "zigma-unconditional.safetensors", **parts)
     text = WordTextEncoder(TextEncoderConfig(("red", "green", "apple", "fox"), length=6, width=16))
     video = random_model(**fields, scan_type="video_sst", video_frames=4, tpe=True, has_text=True, d_context=16)
     save_checkpoint(video, folder / "zigma-video.safetensors", **parts, text_encoder=text)
+    save_checkpoint(random_model(**fields), folder / "zigma-unconditional.safetensors", **parts)
 
 
 def write_lora(model: Path, path: Path, rank: int = 4, size: float = 0.15) -> None:

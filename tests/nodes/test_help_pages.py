@@ -118,8 +118,9 @@ def test_pictures_of_help_pages_are_there_small_and_described(node):
 
 @pytest.mark.parametrize("node", NODE_IDS)
 def test_the_picture_brings_its_graph(node):
+    example = example_of(node)
     with Image.open(EXAMPLES / f"{node}.png") as picture:
-        assert json.loads(picture.text["workflow"]) == example_of(node), drawn_again(node)
+        assert json.loads(picture.text["workflow"]) == example, drawn_again(node)
     assert b"tEXtworkflow\0{" in (EXAMPLES / f"{node}.png").read_bytes()  # a canvas reads no compressed one
 
 

@@ -112,6 +112,9 @@ class Example:
             self.show(node[slot])
         if not seen and not facts["output_node"]:
             self.show(self.give("images", "IMAGE"))
+            if self.after == {node.number}:
+                kinds = ", ".join(facts["output"])
+                raise ValueError(f"say in tools/example_graphs.py what takes {kinds}: {self.subject} gives it")
 
     def trained(self) -> Node:
         """A run of training, with what the demo model needs for it."""

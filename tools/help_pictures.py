@@ -59,8 +59,10 @@ def write_example(name: str, page: Page, comfy: Host, facts: dict) -> None:
     page.command("Comfy.QueuePrompt")
     deadline = time.monotonic() + SECONDS
     while not (done := {key: run for key, run in comfy.ask("/history").items() if key not in before}):
+        if refused := page.refused():
+            raise HostError(f"the host refused the example of {name}: {refused}")
         if time.monotonic() > deadline:
-            raise HostError(f"the example of {name} was refused or takes longer than {SECONDS} s; see {comfy.log}")
+            raise HostError(f"the example of {name} takes longer than {SECONDS} s")
         time.sleep(0.2)
     comfy.pictures(*done.values())  # raises what went wrong
     EXAMPLES.mkdir(exist_ok=True)

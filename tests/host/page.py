@@ -126,13 +126,17 @@ class Page:
         self.tab.mouse.move(610, 810, steps=4)
         self.tab.mouse.up()
 
-    def errors(self) -> dict:
-        """Node number -> messages of the refusal that the page shows on that node."""
-        self.tab.wait_for_function("() => !!app.lastNodeErrors && Object.keys(app.lastNodeErrors).length > 0")
+    def refused(self) -> dict:
+        """Node number -> messages of the refusal that the page shows on that node; empty if it shows none."""
         return self.tab.evaluate(
-            "() => Object.fromEntries(Object.entries(app.lastNodeErrors).map(([k, v]) => "
+            "() => Object.fromEntries(Object.entries(app.lastNodeErrors || {}).map(([k, v]) => "
             "[k, v.errors.map((e) => e.message + ' ' + e.details)]))"
         )
+
+    def errors(self) -> dict:
+        """The same, once there are any."""
+        self.tab.wait_for_function("() => !!app.lastNodeErrors && Object.keys(app.lastNodeErrors).length > 0")
+        return self.refused()
 
     def close_dialogs(self) -> None:
         """Close what lies over the canvas."""

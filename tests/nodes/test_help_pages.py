@@ -204,8 +204,10 @@ def test_what_a_new_node_gives_is_seen_through_what_usually_takes_it(facts, inpu
             assert source.column < node.column or node.kind.startswith("Preview")
 
 
-def test_a_new_node_that_needs_something_new_is_told_where_to_say_it(facts):
+def test_a_new_node_that_needs_or_gives_something_new_is_told_where_to_say_it(facts):
     with pytest.raises(ValueError, match=r"tools/example_graphs\.py what gives MESH"):
         example_graph("ZigMaNew", {**facts, "ZigMaNew": new_node({"mesh": "MESH"}, ["IMAGE"])})
+    with pytest.raises(ValueError, match=r"tools/example_graphs\.py what takes SIGMAS"):
+        example_graph("ZigMaNew", {**facts, "ZigMaNew": new_node({}, ["SIGMAS"])})
     with pytest.raises(ValueError, match="expected the id of a node that the host knows"):
         example_graph("ZigMaNone", facts)

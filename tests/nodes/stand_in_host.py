@@ -11,6 +11,7 @@ import dataclasses
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import re
 import sys
 import types
 from collections.abc import Iterator
@@ -139,3 +140,16 @@ def nodes_of_the_pack() -> Iterator[list[type]]:
             # The pack's own modules stay: the operators that it registers, once in a process, live in them.
             if name.partition(".")[0] in PARTS:
                 del sys.modules[name]
+
+
+def schema_of_the_guide(folder: Path):
+    """The schema of docs/development.md's node, whose file is put into `folder`; what the text says of it beside it."""
+    text = (ROOT / "docs/development.md").read_text(encoding="utf-8")
+    file = folder / "upside_down.py"
+    file.write_text(re.search(r"```py\n(.*?)```", text, re.DOTALL).group(1), encoding="utf-8")
+    with nodes_of_the_pack() as nodes:
+        package = nodes[0].__module__.rpartition(".")[0]
+        spec = importlib.util.spec_from_file_location(f"{package}.upside_down", file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module.ZigMaUpsideDown.define_schema(), text

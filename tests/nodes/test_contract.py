@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import re
 from pathlib import Path
 
 import pytest
 from contract import CURRENT, as_text, contract_of
-from stand_in_host import nodes_of_the_pack
+from stand_in_host import nodes_of_the_pack, schema_of_the_guide
 
 RELEASED = sorted(path for path in CURRENT.parent.glob("*.json") if path != CURRENT)
 # Node id -> what replaces it. A node is first marked is_deprecated for a release, then may go here.
@@ -70,15 +68,6 @@ def test_every_node_input_and_output_has_a_tooltip(schemas):
 
 
 def test_the_node_of_the_development_guide_is_one(tmp_path):
-    text = (CURRENT.parents[3] / "docs/development.md").read_text(encoding="utf-8")
-    code = re.search(r"```py\n(.*?)```", text, re.DOTALL).group(1)
-    with nodes_of_the_pack() as nodes:
-        package = nodes[0].__module__.rpartition(".")[0]
-        file = tmp_path / "upside_down.py"
-        file.write_text(code, encoding="utf-8")
-        spec = importlib.util.spec_from_file_location(f"{package}.upside_down", file)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        schema = module.ZigMaUpsideDown.define_schema()
+    schema, _ = schema_of_the_guide(tmp_path)
     assert contract_of(schema)["inputs"] == [{"id": "images", "type": "IMAGE", "optional": False}]
     assert schema.category == "ZigMa" and all(slot.tooltip for slot in [*schema.inputs, *schema.outputs])

@@ -12,7 +12,7 @@ import sys
 import pytest
 from contract import contract_of
 from PIL import Image
-from stand_in_host import nodes_of_the_pack
+from stand_in_host import nodes_of_the_pack, schema_of_the_guide
 from ui_format import NODE_IDS, ROOT, as_api
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -160,14 +160,9 @@ def test_an_example_is_what_the_tool_makes_today(node, facts):
         assert inputs == made["inputs"], f"{made['class_type']}: {drawn_again(node)}"
 
 
-def test_the_node_of_the_development_guide_gets_an_example_without_a_line_of_code(facts):
-    text = (ROOT / "docs/development.md").read_text(encoding="utf-8")
-    code = re.search(r"```py\n(.*?)```", text, re.DOTALL).group(1)
-    with nodes_of_the_pack() as nodes:
-        package = nodes[0].__module__.rpartition(".")[0]
-        names = {"__name__": f"{package}.upside_down", "__package__": package}
-        exec(compile(code, "upside_down.py", "exec"), names)
-        new = facts_of(names["ZigMaUpsideDown"].define_schema())
+def test_the_node_of_the_development_guide_gets_an_example_without_a_line_of_code(facts, tmp_path):
+    schema, text = schema_of_the_guide(tmp_path)
+    new = facts_of(schema)
     assert "python tools/help_pictures.py ZigMaUpsideDown" in text
     graph = example_graph("ZigMaUpsideDown", {**facts, "ZigMaUpsideDown": new})
     kinds = {node.kind: node for node in graph.nodes}

@@ -9,13 +9,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from zigma.selective_scan import available_backends, native, native_library, selective_scan
+from zigma.selective_scan import available_backends, dispatch, native, native_library, selective_scan
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -170,6 +172,25 @@ def test_a_wrong_result_fails_the_self_test(library, monkeypatch):
 
     monkeypatch.setattr(native, "scan_forward", off)
     assert "failed its self-test" in native.unavailable()
+
+
+def test_the_first_use_may_be_within_a_checkpointed_block(library, monkeypatch):
+    """Whose hooks on saved tensors run it once more for whatever takes gradients within: the self-test does."""
+    monkeypatch.setattr(native_library, "_loaded", None)
+    monkeypatch.setattr(native_library, "_lock", threading.Lock())
+    dispatch.forget_choices()
+    inputs = draw_inputs(1, 8, 16, 16, requires_grad=True)
+    done: list[torch.Tensor] = []
+
+    def run() -> None:
+        out = checkpoint(selective_scan, *inputs, use_reentrant=False)
+        done.extend(torch.autograd.grad(out, inputs, torch.ones_like(out)))
+
+    thread = threading.Thread(target=run, daemon=True)  # which would wait for itself
+    thread.start()
+    thread.join(60)
+    assert len(done) == len(inputs)
+    assert all(torch.equal(a, b) for a, b in zip(done, output_and_gradients(inputs)[1:], strict=True))
 
 
 def test_nothing_is_loaded_at_import():

@@ -207,7 +207,7 @@ def _norm_args(base, mix, gate, residual, weight, bias, shift, scale, gather, ep
 
 def self_test(library: NativeLibrary) -> str | None:
     """A small problem, forward and backward, against the reference; what went wrong, or None."""
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+    with reference.autograd_of_its_own("cpu"):
         generator = torch.Generator().manual_seed(0)
         b, l, d, n = 2, 19, 21, 16
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,6 +27,16 @@ def unsupported(*tensors: Tensor | None) -> str | None:
 def describe() -> str:
     """What runs, for a log line."""
     return "the definition, step by step: slow, for tests"
+
+
+@contextmanager
+def autograd_of_its_own(device_type: str) -> Iterator[None]:
+    """Where a self-test takes gradients, whatever surrounds the first use of a kernel: inference mode, autocast, or a
+    checkpointed block, whose hooks on saved tensors would run that block, and so the self-test, again.
+    """
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device_type, enabled=False), hooks:
+        yield
 
 
 def scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_order, output_order) -> Tensor:

@@ -106,6 +106,13 @@ class Adapters:
             self._handles.append(layer.register_forward_hook(self._hook(adapter)))
         return self
 
+    def on_another(self, model: ZigMa, state: Mapping[str, Tensor]) -> Adapters:
+        """Equal ones with the parameters of a `state_dict`, on another model of the same architecture."""
+        others = Adapters(model, self.settings, torch.Generator())
+        others.strength = self.strength
+        others.load_state_dict(state)
+        return others._attach()
+
     def _hook(self, adapter: AdapterLayer):
         def add(layer: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> Tensor:
             if self.strength == 0:

@@ -25,7 +25,7 @@ from .dataset import Dataset, read_dataset
 from .latent_cache import LatentCache, Prepared, autoencoder_digest, encode_dataset, encode_texts
 from .picture_files import fit
 from .preflight import Preflight, inspect_data
-from .processes import ManyProcesses, OneProcess
+from .processes import OneProcess
 from .progress import Progress, named
 from .settings import Settings
 from .subject import Subject, base_file, make_subject, read_base_autoencoder
@@ -130,7 +130,7 @@ def _reads_captions(settings: Settings, base: CheckpointFile | None, dataset: Da
 
 
 def make_trainer(
-    plan: Plan, processes: OneProcess | ManyProcesses | None = None, progress: Progress | None = None, texts=None
+    plan: Plan, processes: OneProcess | None = None, progress: Progress | None = None, texts=None
 ) -> Trainer:
     """Encode the pictures (or read them from the cache) and make the run.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -12,6 +12,7 @@ __all__ = ["Average"]
 
 EARLY = 100  # updates, a multiple of every rhythm there is: at first every one of them counts
 WINDOW_PART = 0.005  # of the average's window 1 / (1 - decay) between two looks, ten updates at most
+Of = Callable[[Tensor, nn.Parameter], Tensor]  # (value, parameter) -> value
 
 
 class Average:
@@ -61,13 +62,20 @@ class Average:
         for name, value in values.items():
             self._parameters[name].copy_(value)
 
-    def state_dict(self) -> dict:
-        """What `load_state_dict` takes."""
-        return {"updates": self.updates, "values": dict(self._values)}
+    def state_dict(self, whole: Of | None = None) -> dict:
+        """What `load_state_dict` takes.
+
+        Args:
+            whole: what becomes of the value of a parameter, such as that of the parameter which this one is a part of.
+        """
+        values = dict(self._values)
+        if whole is not None:
+            values = {name: whole(value, self._parameters[name]) for name, value in values.items()}
+        return {"updates": self.updates, "values": values}
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict) -> None:
-        """Go on where a `state_dict` was taken."""
+    def load_state_dict(self, state: dict, part: Of | None = None) -> None:
+        """Go on where a `state_dict` was taken; `part` undoes what `whole` did there."""
         self.updates = state["updates"]
         for name, value in state["values"].items():
-            self._values[name].copy_(value)
+            self._values[name].copy_(value if part is None else part(value, self._parameters[name]))

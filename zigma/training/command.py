@@ -17,7 +17,7 @@ import torch
 from .assemble import Plan, make_plan, make_trainer
 from .outputs import export, save_sheet
 from .preflight import estimate
-from .processes import ManyProcesses, OneProcess, find_processes
+from .processes import OneProcess, find_processes
 from .progress import progress_bars
 from .report import write_report
 from .run_folder import RunFolder
@@ -36,9 +36,8 @@ def shipped_configurations() -> dict[str, Path]:
 
 
 def train(
-    settings: Settings, *, dry_run: bool = False, processes: OneProcess | ManyProcesses | None = None,
-    show: bool = True,
-) -> Iterator[str]:  # fmt: skip
+    settings: Settings, *, dry_run: bool = False, processes: OneProcess | None = None, show: bool = True
+) -> Iterator[str]:
     """A whole run, line by line: the report on the data, then what was written where.
 
     Args:
@@ -73,21 +72,23 @@ def _whole_run(settings: Settings, dry_run: bool, processes, show: bool) -> Iter
     if dry_run:
         return
     trainer.resume()
-    if not first:
-        _run(trainer, None)
-        return
-    trackers = Trackers(trainer.folder, settings.run, dataclasses.asdict(settings), show)
+    trackers = Trackers(trainer.folder, settings.run, dataclasses.asdict(settings), show) if first else None
     try:
         finished = _run(trainer, trackers)
         sheet = save_sheet(trainer) if finished else None
-        if sheet is not None:
+        if sheet is not None and trackers is not None:
             trackers.sheet(trainer.step, sheet)
     finally:
-        trackers.close()
+        if trackers is not None:
+            trackers.close()
+    if not finished and not first:
+        return
     if not finished:
         yield f"stopped at step {trainer.step}, with a checkpoint: the same command goes on from there"
         raise KeyboardInterrupt
     path = export(trainer, sheet)
+    if not first:
+        return
     yield str(write_report(trainer.folder, settings, path, plan.preflight.text()))
     yield str(path)
 
@@ -127,7 +128,7 @@ def measured_step(trainer: Trainer) -> tuple[float, int]:
     trainer.order.load_state_dict(order)
     trainer.generator.set_state(generator)
     trainer.optimizer.zero_grad()
-    moments = 8 * sum(p.numel() for _, p in trainer.learning())
+    moments = 8 * sum(p.numel() for _, p in trainer.parts)
     return seconds, _peak(trainer.device) + moments
 
 
@@ -145,18 +146,17 @@ def _peak(device: torch.device) -> int:
 
 
 def _run(trainer: Trainer, trackers: Trackers | None) -> bool:
-    """Train, with everything that happens on the way."""
+    """Train, with everything that happens on the way; the first process has trackers."""
     samples = trainer.settings.samples
     last_sheet = time.monotonic()
 
     def on_step(trainer: Trainer, loss: float) -> None:
         nonlocal last_sheet
-        if trackers is None:
-            return
-        trackers.follow(trainer, loss)
-        if samples.every and time.monotonic() - last_sheet > 60 * samples.every:
+        if trackers is not None:
+            trackers.follow(trainer, loss)
+        if samples.every and any(trainer.processes.largest(time.monotonic() - last_sheet > 60 * samples.every)):
             path = save_sheet(trainer)
-            if path is not None:
+            if path is not None and trackers is not None:
                 trackers.sheet(trainer.step, path)
             last_sheet = time.monotonic()
 

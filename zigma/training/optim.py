@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-__all__ = ["MatrixMuon", "OptimizerGroup", "schedule", "split_parameters"]
+__all__ = ["MatrixMuon", "OptimizerGroup", "as_matrix", "schedule", "split_parameters"]
+
+Of = Callable[[torch.Tensor, nn.Parameter], torch.Tensor]  # (value, parameter) -> value
 
 
-def _as_matrix(tensor: torch.Tensor, like: torch.Tensor | None = None) -> torch.Tensor:
+def as_matrix(tensor: torch.Tensor, like: torch.Tensor | None = None) -> torch.Tensor:
     """(out, ...) -> (out, rest) in the memory's own order, so that it is a view; channels-last: (o, h, w, i)."""
     like = tensor if like is None else like
     if tensor.dim() == 4 and not like.is_contiguous():
@@ -29,13 +31,16 @@ class MatrixMuon(torch.optim.Muon):
     Args:
         params: weights; their memory is shared with the flattened views, so they must not be re-allocated afterwards
             (move the model to its device first).
+
+    Attributes:
+        weights: as given, in the order of the matrices in the groups.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], **options) -> None:
-        self._weights = list(params)
-        matrices = [nn.Parameter(_as_matrix(w.detach())) for w in self._weights]
+        self.weights = list(params)
+        matrices = [nn.Parameter(as_matrix(w.detach())) for w in self.weights]
         # A copy instead of a view would train nothing, and no error would tell.
-        for weight, matrix in zip(self._weights, matrices, strict=True):
+        for weight, matrix in zip(self.weights, matrices, strict=True):
             if weight.data_ptr() != matrix.data_ptr():
                 raise ValueError(
                     f"got a weight of shape {tuple(weight.shape)} with strides {weight.stride()}, expected contiguous "
@@ -46,16 +51,20 @@ class MatrixMuon(torch.optim.Muon):
     @torch.no_grad()
     def step(self, closure=None):
         """One update; gradients are read from the original weights."""
-        flat = [p for group in self.param_groups for p in group["params"]]
-        for weight, matrix in zip(self._weights, flat, strict=True):
-            matrix.grad = None if weight.grad is None else _as_matrix(weight.grad, like=weight)
+        for weight, matrix in zip(self.weights, parameters_of(self), strict=True):
+            matrix.grad = None if weight.grad is None else as_matrix(weight.grad, like=weight)
         return super().step(closure)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of the original weights."""
-        for weight in self._weights:
+        for weight in self.weights:
             weight.grad = None
         super().zero_grad(set_to_none)
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """What it updates, in the order in which its state dict counts."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def split_parameters(
@@ -92,14 +101,33 @@ class OptimizerGroup:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
 
-    def state_dict(self) -> list[dict]:
-        """Their states, in order."""
-        return [optimizer.state_dict() for optimizer in self.optimizers]
+    def state_dict(self, whole: Of | None = None) -> list[dict]:
+        """Their states, in order.
 
-    def load_state_dict(self, states: list[dict]) -> None:
-        """Load what `state_dict` gave."""
-        for optimizer, state in zip(self.optimizers, states, strict=True):
+        Args:
+            whole: what becomes of a tensor that belongs to a parameter, such as a moment, as in average.py.
+        """
+        states = [optimizer.state_dict() for optimizer in self.optimizers]
+        return states if whole is None else self._mapped(states, whole)
+
+    def load_state_dict(self, states: list[dict], part: Of | None = None) -> None:
+        """Load what `state_dict` gave; `part` undoes what `whole` did there."""
+        for optimizer, state in zip(
+            self.optimizers, states if part is None else self._mapped(states, part), strict=True
+        ):
             optimizer.load_state_dict(state)
+
+    def _mapped(self, states: list[dict], change: Of) -> list[dict]:
+        """The states with every tensor of a parameter changed."""
+        changed = []
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            owners = optimizer.weights if isinstance(optimizer, MatrixMuon) else parameters_of(optimizer)
+            entries = {
+                index: {key: change(v, owners[index]) if isinstance(v, torch.Tensor) else v for key, v in entry.items()}
+                for index, entry in state["state"].items()
+            }
+            changed.append({**state, "state": entries})
+        return changed
 
 
 def schedule(progress: float, kind: str = "cosine", warmup: float = 0.02, hold: float = 0.0) -> float:

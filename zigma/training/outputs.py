@@ -7,9 +7,10 @@ import dataclasses
 import io
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
@@ -19,6 +20,9 @@ from ..sheet import enlarge, labelled_sheet, save_picture, to_pictures
 from .captions import Texts
 from .trainer import DTYPES, Trainer
 
+if TYPE_CHECKING:
+    from .adapters import Adapters
+
 __all__ = ["averaged_bundle", "export", "save_sheet", "sheet_prompts"]
 
 log = logging.getLogger(__name__)
@@ -27,18 +31,34 @@ THUMBNAIL = 256  # pixels of its longer side
 
 
 @contextmanager
-def averaged_bundle(trainer: Trainer):
-    """A Bundle of the averaged weights, in evaluation mode, for as long as the block lasts."""
-    net, training = trainer.net, trainer.net.training
-    net.eval()
+def averaged_bundle(trainer: Trainer) -> Iterator[Bundle | None]:
+    """A Bundle of the averaged weights, in evaluation mode, for as long as the block lasts.
+
+    Of many processes all have to ask for it, and the first gets it, the others None.
+    """
+    with _averaged(trainer) as found:
+        yield None if found is None else found[0]
+
+
+@contextmanager
+def _averaged(trainer: Trainer) -> Iterator[tuple[Bundle, Adapters | None] | None]:
+    """The bundle with its adapters."""
+    training = trainer.net.training
+    trainer.net.eval()
     try:
         with trainer.average.in_place():
-            yield Bundle(
+            found = trainer.processes.whole_network(trainer.net, trainer.adapters)
+            if found is None:
+                yield None
+                return
+            net, adapters = found
+            bundle = Bundle(
                 net.model, trainer.clip or net.text_encoder, trainer.autoencoder, trainer.examples.format,
                 metadata(trainer), trainer.subject.condition,
             )  # fmt: skip
+            yield bundle, adapters
     finally:
-        net.train(training)
+        trainer.net.train(training)
 
 
 def metadata(trainer: Trainer) -> dict[str, str]:
@@ -79,6 +99,8 @@ def save_sheet(
 ) -> Path | None:
     """Draw the prompts with the averaged weights, always from the same noise; None where nothing can be decoded.
 
+    Of many processes all have to call it, and the first one draws; the others return None at once.
+
     Args:
         trainer: of the run.
         path: of the file; samples/<step>.png in the run's folder unless another is given.
@@ -91,6 +113,8 @@ def save_sheet(
     guidance = table.guidance if trainer.subject.condition.has_null else 1.0
     settings = SamplingSettings(steps=table.steps, solver=table.solver, guidance=guidance)
     with averaged_bundle(trainer) as bundle:
+        if bundle is None:
+            return None
         images = sample(
             bundle, prompts, count=table.count, seed=table.seed, settings=settings, batch_size=12, progress=progress
         )
@@ -112,6 +136,8 @@ def save_sheet(
 def export(trainer: Trainer, sheet: Path | None = None) -> Path:
     """Write the finished model, or adapter, from the averaged weights.
 
+    Of many processes all have to call it, and the first one writes.
+
     Args:
         trainer: of the run.
         sheet: a sample sheet, of which a small version goes into the metadata.
@@ -127,19 +153,22 @@ def export(trainer: Trainer, sheet: Path | None = None) -> Path:
         extra["modelspec.trigger_phrase"] = settings.text.trigger
     if sheet is not None:
         extra["modelspec.thumbnail"] = thumbnail(sheet)
-    with averaged_bundle(trainer) as bundle:
+    name = "model" if trainer.adapters is None else settings.adapter.kind
+    path = trainer.folder.path / f"{name}.safetensors"
+    with _averaged(trainer) as found:
+        if found is None:
+            return path
+        bundle, adapters = found
         facts = bundle.metadata | extra
-        if trainer.adapters is not None:
+        if adapters is not None:
             from .adapters import save_adapters
 
-            path = trainer.folder.path / f"{settings.adapter.kind}.safetensors"
-            save_adapters(trainer.adapters, path, facts)
+            save_adapters(adapters, path, facts)
         else:
-            path = trainer.folder.path / "model.safetensors"
-            dtype = DTYPES[settings.run.output_dtype]
             save_checkpoint(
-                bundle.model, path, facts, text_encoder=trainer.net.text_encoder, autoencoder=bundle.autoencoder,
-                latent=bundle.latent, condition=bundle.condition, dtype=dtype, precise=True,
+                bundle.model, path, facts, text_encoder=None if trainer.clip else bundle.text_encoder,
+                autoencoder=bundle.autoencoder, latent=bundle.latent, condition=bundle.condition,
+                dtype=DTYPES[settings.run.output_dtype], precise=True,
             )  # fmt: skip
     log.info("wrote %s", path)
     return path

@@ -3,17 +3,25 @@
 Every process draws the same batch, noise and times, and computes its share of them; the gradients are averaged. So a
 run's batches, and its loss curve, are those of one process with the same batch size, however many share the work.
 
-Many processes are a matter of accelerate: `accelerate launch scripts/finetune.py CONFIG.toml`.
+Many processes are a matter of accelerate: `accelerate launch scripts/finetune.py CONFIG.toml`. Each holds all weights
+(DDP), or its part of them where accelerate's configuration chooses FSDP (sharded.py).
 """
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .adapters import Adapters
+    from .settings import Settings
+    from .subject import Conditioned
 
 __all__ = ["ManyProcesses", "OneProcess", "find_processes", "pick_device"]
 
@@ -36,22 +44,68 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def find_processes(device: str) -> OneProcess | ManyProcesses:
-    """Many, if a launcher says that this process is one of several."""
-    return ManyProcesses() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else OneProcess(pick_device(device))
+def find_processes(device: str) -> OneProcess:
+    """Many, if a launcher says that this process is one of several; with sharded weights, if accelerate says so."""
+    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+        return OneProcess(pick_device(device))
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        from .sharded import ShardedProcesses
+
+        return ShardedProcesses()
+    return ManyProcesses()
 
 
 class OneProcess:
-    """All the work is this process's."""
+    """All the work is this process's; and what a trainer asks of any process.
+
+    Attributes:
+        rank, count: which of how many. device: where this one computes.
+        shards: who has which part of the weights, where they are shared out (sharded.py); None: everybody has all.
+    """
 
     rank, count = 0, 1
+    shards = None
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
+    def check(self, settings: Settings) -> None:
+        """ValueError for settings that these processes cannot follow."""
+
     def prepare(self, net: nn.Module) -> nn.Module:
         """The network whose forward is called in training."""
         return net
+
+    def parts(self, named: Sequence[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:
+        """What this process updates of parameters of the prepared network; shares their memory."""
+        return list(named)
+
+    def take_gradients(self) -> None:
+        """After the last backward pass of a step: bring the gradients to where the parts are."""
+
+    def whole(self, value: Tensor, part: nn.Parameter) -> Tensor:
+        """Of a value for each number of a part, that of the whole parameter, for a checkpoint of the first process."""
+        return value
+
+    def part(self, value: Tensor, part: nn.Parameter) -> Tensor:
+        """Of a value for each number of a whole parameter, what belongs to this process's part."""
+        return value
+
+    def whole_network(self, net: Conditioned, adapters: Adapters | None) -> tuple[Conditioned, Adapters | None] | None:
+        """A network that the first process can use alone, with its adapters; elsewhere None.
+
+        All processes have to ask for it. It is for reading: the weights may be those of `net`, or copies.
+        """
+        return (net, adapters) if self.rank == 0 else None
+
+    def scaler(self, enabled: bool) -> torch.amp.GradScaler:
+        """Of the loss, for float16."""
+        return torch.amp.GradScaler(self.device.type, enabled=enabled)
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How checkpoints are read: arguments of RunFolder.read_last."""
+        return {"device": self.device}
 
     def share(self, batch: Tensor | None) -> Tensor | None:
         """This process's part of a batch (b, ...)."""
@@ -65,6 +119,10 @@ class OneProcess:
         """Of one number of each process."""
         return value.item()
 
+    def norm(self, value: Tensor) -> float:
+        """Of a vector, from the norm of this process's part of it."""
+        return value.item()
+
     def largest(self, *values: float) -> list[float]:
         """Of each value the largest that any process has: what depends on a clock or a signal has to be agreed on."""
         return list(values)
@@ -73,8 +131,8 @@ class OneProcess:
         """Until all processes are here."""
 
 
-class ManyProcesses:
-    """This process is one of several, started by `accelerate launch` (or torchrun).
+class ManyProcesses(OneProcess):
+    """This process is one of several, started by `accelerate launch` (or torchrun), each with all weights.
 
     Raises:
         ImportError: accelerate is not installed.
@@ -86,9 +144,7 @@ class ManyProcesses:
         except ImportError as error:
             raise ImportError("training with several processes needs accelerate: pip install accelerate") from error
         self._accelerator = Accelerator(cpu=not torch.cuda.is_available())
-        if str(self._accelerator.distributed_type).endswith("FSDP"):
-            raise ValueError("sharded weights (FSDP) are not supported: choose MULTI_GPU in `accelerate config`")
-        self.device = self._accelerator.device
+        super().__init__(self._accelerator.device)
         self.rank, self.count = self._accelerator.process_index, self._accelerator.num_processes
         log.info("process %d of %d, on %s", self.rank, self.count, self.device)
 

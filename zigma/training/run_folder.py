@@ -53,12 +53,12 @@ class Checkpoint:
         self.step: int = facts["step"]
         self.loss: float | None = facts.get("validation_loss")
 
-    def read(self, device: torch.device | str = "cpu") -> dict[str, Any]:
-        """The state; ValueError if the file is not what was written."""
+    def read(self, device: torch.device | str = "cpu", mmap: bool = False) -> dict[str, Any]:
+        """The state; ValueError if the file is not what was written. mmap: tensors stay in the file until used."""
         file = self.path / STATE
         if not file.is_file() or file.stat().st_size != self.facts["bytes"] or _digest(file) != self.facts["sha256"]:
             raise ValueError(f"{file} is not as it was written: the checkpoint before it has to serve")
-        return torch.load(file, map_location=device, weights_only=True)
+        return torch.load(file, map_location=device, weights_only=True, mmap=mmap)
 
 
 class RunFolder:
@@ -148,7 +148,9 @@ class RunFolder:
                 log.warning("%s is left out: its marker cannot be read (%s)", folder, error)
         return sorted(found, key=lambda checkpoint: checkpoint.step)
 
-    def read_last(self, device: torch.device | str = "cpu") -> tuple[Checkpoint, dict[str, Any]] | None:
+    def read_last(
+        self, device: torch.device | str = "cpu", mmap: bool = False
+    ) -> tuple[Checkpoint, dict[str, Any]] | None:
         """The last checkpoint whose state is as it was written, with the state; None if there is none.
 
         Raises:
@@ -157,7 +159,7 @@ class RunFolder:
         checkpoints = self.whole()
         for checkpoint in reversed(checkpoints):
             try:
-                return checkpoint, checkpoint.read(device)
+                return checkpoint, checkpoint.read(device, mmap)
             except Exception as error:  # whatever a damaged file makes torch.load raise
                 log.warning("%s cannot be used: %s", checkpoint.path, error)
         if checkpoints:

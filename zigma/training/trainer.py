@@ -33,7 +33,7 @@ from .captions import Labels, NoConditions, Texts
 from .objective import Objective
 from .optim import schedule
 from .optimizers import make_optimizer
-from .processes import ManyProcesses, OneProcess
+from .processes import OneProcess
 from .run_folder import RunFolder
 from .settings import Settings, differences, settings_from, to_toml
 from .subject import Subject
@@ -81,6 +81,9 @@ class Examples:
 class Trainer:
     """A run that is ready to begin, or to go on.
 
+    Attributes:
+        parts: names and parameters that this process updates, of what learns: all of it but for sharded weights.
+
     Args:
         settings: of the run.
         subject: the network, on the CPU.
@@ -92,18 +95,19 @@ class Trainer:
         clip: the frozen text encoder of a run that has one, for sheets.
 
     Raises:
-        ValueError: a batch that cannot be divided, nothing that learns.
+        ValueError: a batch that cannot be divided, nothing that learns, settings that the processes cannot follow.
     """
 
     def __init__(
         self, settings: Settings, subject: Subject, examples: Examples, conditions: Texts | Labels | NoConditions, *,
-        adapters=None, autoencoder: Autoencoder | None = None, processes: OneProcess | ManyProcesses | None = None,
+        adapters=None, autoencoder: Autoencoder | None = None, processes: OneProcess | None = None,
         facts: dict | None = None, clip=None,
     ) -> None:  # fmt: skip
         run = settings.run
         self.settings, self.subject, self.examples, self.conditions = settings, subject, examples, conditions
         self.adapters, self.autoencoder, self.facts, self.clip = adapters, autoencoder, facts or {}, clip
         self.processes = processes or OneProcess(torch.device("cpu"))
+        self.processes.check(settings)
         self.device = self.processes.device
         self.folder = RunFolder(Path(run.folder), run.keep_last, run.keep_best)
         self.net = subject.net
@@ -111,15 +115,15 @@ class Trainer:
             self.net.adapter = adapters.module  # moves and is shared among processes with the network
         self.net.to(self.device)
         self.objective = Objective(settings.flow)
-        self._learning = self.learning()
-        self.average = Average(self._learning, run.ema)
-        self.optimizer = make_optimizer(self._learning, settings.optimizer)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=run.precision == "fp16")
+        self.prepared: nn.Module = self.processes.prepare(self.net)
+        self.parts = self.processes.parts(self.learning())
+        self.average = Average(self.parts, run.ema)
+        self.optimizer = make_optimizer(self.parts, settings.optimizer, self.processes.shards)
+        self.scaler = self.processes.scaler(enabled=run.precision == "fp16")
         held_out = set(examples.held_out)
         self.seen = [i for i in range(len(examples.names)) if i not in held_out]
         self.order = BatchOrder(examples.groups(self.seen), run.batch_size, run.seed)
         self.generator = torch.Generator().manual_seed(run.seed + 1)  # captions, variants, noise and times
-        self.prepared: nn.Module = self.processes.prepare(self.net)
         if run.compile:
             self.prepared = torch.compile(self.prepared)
         self.step, self.seconds, self.strange = 0, 0.0, 0
@@ -184,6 +188,7 @@ class Trainer:
                 loss = self.objective.losses(self._velocity(self.prepared, given), x1, noise, times).mean()
                 self.scaler.scale(loss / run.accumulate).backward()
             total += loss.detach() / run.accumulate
+        self.processes.take_gradients()
         return self.processes.mean(total), chosen  # waits for the device once, not after each part
 
     def _mine(self, x: Tensor | None) -> Tensor | None:
@@ -206,8 +211,8 @@ class Trainer:
         """
         for optimizer in self.optimizer.optimizers:
             self.scaler.unscale_(optimizer)
-        gradients = [p.grad for _, p in self._learning if p.grad is not None]
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))).item()
+        gradients = [p.grad for _, p in self.parts if p.grad is not None]
+        norm = self.processes.norm(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
         if not math.isfinite(norm):
             return self.scaler.is_enabled()
         if limit and norm > limit:  # few steps: elsewhere nothing has to be multiplied by 1
@@ -257,10 +262,12 @@ class Trainer:
     # Checkpoints
 
     def state(self) -> dict:
-        """Everything that the steps to come depend on."""
+        """Everything that the steps to come depend on; all processes have to ask for it, that of the first is whole."""
+        whole = self.processes.whole
         return {
-            "learning": {name: p.detach() for name, p in self.learning()}, "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "step": self.step,
+            "learning": {name: whole(p.detach(), p) for name, p in self.parts},
+            "average": self.average.state_dict(whole), "optimizer": self.optimizer.state_dict(whole),
+            "scaler": self.scaler.state_dict(), "step": self.step,
             "seconds": self.seconds, "strange": self.strange, "validation": self.validation,
             "validated_at": self.validated_at,
             "order": self.order.state_dict(), "generator": self.generator.get_state(), "random": _random_states(),
@@ -269,9 +276,10 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint; of many processes the first does."""
+        state = self.state()
         if self.processes.rank == 0:
             judged = self.validation if self.validated_at == self.step else None
-            self.folder.write(self.state(), self.step, judged)
+            self.folder.write(state, self.step, judged)
         self.processes.wait()
 
     def resume(self) -> bool:
@@ -282,7 +290,7 @@ class Trainer:
         """
         if self.processes.rank == 0:
             self.folder.remove_partial()
-        found = self.folder.read_last(self.device)
+        found = self.folder.read_last(**self.processes.reading)
         if found is None:
             torch.manual_seed(self.settings.run.seed)
             random.seed(self.settings.run.seed)
@@ -291,10 +299,10 @@ class Trainer:
         checkpoint, state = found
         self._check_same(settings_from(state["settings"]), state["digest"])
         with torch.no_grad():
-            for name, parameter in self.learning():
-                parameter.copy_(state["learning"][name])
-        self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
+            for name, part in self.parts:
+                part.copy_(self.processes.part(state["learning"][name], part))
+        self.average.load_state_dict(state["average"], self.processes.part)
+        self.optimizer.load_state_dict(state["optimizer"], self.processes.part)
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.seconds, self.strange = state["step"], state["seconds"], state["strange"]
         self.validation, self.validated_at = state["validation"], state["validated_at"]
@@ -347,7 +355,7 @@ class Trainer:
                 due = due or (run.keep_best and (best is None or self.validation < best.loss))
             if on_step is not None:
                 on_step(self, loss)
-            self.seconds, stopping = self.processes.largest(self.seconds, self.stopping)
+            self.seconds, stopping, due = self.processes.largest(self.seconds, self.stopping, due)
             if due or (run.save_every and self.seconds - saved_at > 60 * run.save_every):
                 self.save()
                 saved_at, saved_step = self.seconds, self.step

@@ -54,6 +54,7 @@ class ShardedProcesses(ManyProcesses):
         if self._accelerator.mixed_precision != "no":
             log.warning("mixed_precision of accelerate's configuration is not used: [run] precision says it")
         self.shards = Shards(self.rank, self.count)
+        log.info("weights are sharded (FSDP): part %d of %d of each is here", self.rank + 1, self.count)
 
     def check(self, settings: Settings) -> None:
         """As of one process."""

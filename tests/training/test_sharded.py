@@ -114,7 +114,8 @@ def runs(tmp_path_factory):
         one[name] = run({"tables": settings("one", name), "steps": 4}, process)
         run({"tables": settings("from_one", name), "steps": 2}, process)
         jobs[f"from_one/{name}"] = {"tables": settings("from_one", name), "steps": 2}
-    command = merged(tables(root / "straight" / "command", texts, **COMMON), {"run": {"save_steps": 1, "steps": 12}})
+    often = {"run": {"save_steps": 1, "steps": 12}, "samples": {"every": 0.005}}
+    command = merged(tables(root / "straight" / "command", texts, **COMMON), often)
     jobs["command"] = {"tables": command}
     for name, more in {"compile": {"run": {"compile": True}}, "8bit": {"optimizer": {"name": "adamw8bit"}}}.items():
         jobs[name] = {"tables": tables(root / name, texts, **more), "steps": 1}
@@ -271,6 +272,7 @@ def test_a_run_that_is_killed_ends_as_the_straight_one(runs, tmp_path):
     files = [load_bundle(path).model.state_dict() for path in ends]
     assert all(torch.equal(value, files[1][key]) for key, value in files[0].items())
     assert (tmp_path / "run" / "report.html").is_file()
+    assert len(list((tmp_path / "run" / "samples").glob("*.png"))) > 1  # on the way, when a clock says so
 
 
 def test_what_does_not_go_together_is_one_sentence(runs, monkeypatch):

@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -112,23 +113,20 @@ class ShardedProcesses(ManyProcesses):
 
     def whole_network(self, net: Conditioned, adapters: Adapters | None) -> tuple[Conditioned, Adapters | None] | None:
         """As of one process: a plain copy, on the first process's device."""
-        # Keys of an adapter's file: of its own parameters, and constants.
-        changes = None if adapters is None else adapters.state_dict()
-        weights = {name: self._gathered(p) for name, p in net.named_parameters() if not name.startswith("adapter.")}
-        if changes is not None:
-            changes = {key: self._gathered(value) for key, value in changes.items()}
+        from torch.distributed.tensor import DTensor
+
+        def gathered(value: Tensor) -> Tensor:
+            if not isinstance(value, DTensor):  # a constant beside an adapter's parameters
+                return value
+            return self.shards.gather(value.detach().to_local(), value.shape)
+
+        weights = {name: gathered(p) for name, p in net.named_parameters() if not name.startswith("adapter.")}
+        changes = {} if adapters is None else {key: gathered(v) for key, v in adapters.state_dict().items()}
+        self.wait()  # the others may end now, and what they have sent has to have arrived
         if self.rank != 0:
             return None
         copy = _plain(net, weights)
         return copy, None if adapters is None else adapters.on_another(copy.model, changes)
-
-    def _gathered(self, value: Tensor) -> Tensor:
-        """A whole tensor on the first process; elsewhere nothing."""
-        from torch.distributed.tensor import DTensor
-
-        if not isinstance(value, DTensor):
-            return value
-        return self.shards.gather(value.detach().to_local(), value.shape)
 
     def scaler(self, enabled: bool) -> torch.amp.GradScaler:
         """As of one process: infinities in the parts of others count."""
@@ -139,10 +137,8 @@ class ShardedProcesses(ManyProcesses):
         """As of one process: no process holds all of a file."""
         return {"device": "cpu", "mmap": True}
 
-    def without_sync(self, net: nn.Module):
+    def without_sync(self, net: nn.Module) -> AbstractContextManager:
         """As of one process, but gradients are summed each time: whole ones would take the memory that is saved."""
-        from contextlib import nullcontext
-
         return nullcontext()
 
     def norm(self, value: Tensor) -> float:

@@ -75,6 +75,8 @@ def test_a_run_leaves_a_file_that_needs_nothing_else(tmp_path, capsys):
     assert bundle.latent.pixel_space and bundle.condition.has_null
     training = json.loads(bundle.metadata["zigma.training"])
     assert training["steps"] == 4 and training["settings"]["run"]["batch_size"] == 4
+    assert training["settings"]["data"]["path"] == "pictures"
+    assert str(tmp_path) not in json.dumps(bundle.metadata), "a file that is shared names somebody's folders"
     assert bundle.metadata["modelspec.thumbnail"].startswith("data:image/jpeg;base64,")
     assert sample(bundle, ["a red square"]).shape == (1, 3, 16, 16)
     names = {entry.name for entry in (tmp_path / "run").iterdir()}

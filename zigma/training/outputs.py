@@ -18,6 +18,7 @@ from ..checkpoint import Bundle, save_checkpoint
 from ..sampling import SamplingSettings, sample
 from ..sheet import enlarge, labelled_sheet, save_picture, to_pictures
 from .captions import Texts
+from .settings import Settings
 from .trainer import DTYPES, Trainer
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ __all__ = ["averaged_bundle", "export", "save_sheet", "sheet_prompts"]
 
 log = logging.getLogger(__name__)
 
+PATHS = (("run", "folder"), ("data", "path"), ("data", "autoencoder"), ("data", "cache"), ("model", "start_from"),
+         ("model", "preset"), ("text", "clip"))  # fmt: skip
 THUMBNAIL = 256  # pixels of its longer side
 
 
@@ -71,12 +74,22 @@ def metadata(trainer: Trainer) -> dict[str, str]:
         "zigma.data": json.dumps({"pictures": len(trainer.examples.names), **trainer.facts}),
         "zigma.training": json.dumps(
             {"steps": trainer.step, "minutes": round(trainer.seconds / 60, 1), "validation_loss": trainer.validation,
-             "settings": dataclasses.asdict(settings)}
+             "settings": _shareable(settings)}
         ),
     }  # fmt: skip
     if (settings.flow.path, settings.flow.prediction) != ("linear", "velocity"):
         facts["zigma.flow"] = json.dumps({"path": settings.flow.path, "prediction": settings.flow.prediction})
     return facts
+
+
+def _shareable(settings: Settings) -> dict:
+    """All settings, but of whole paths the last part alone: the others name people and their folders."""
+    tables = dataclasses.asdict(settings)
+    for table, key in PATHS:
+        path = Path(tables[table][key])
+        if path.is_absolute() or path.as_posix().startswith("~"):
+            tables[table][key] = path.name
+    return tables
 
 
 def sheet_prompts(trainer: Trainer) -> list | None:

@@ -115,6 +115,7 @@ class Trainer:
             self.net.adapter = adapters.module  # moves and is shared among processes with the network
         self.net.to(self.device)
         self.objective = Objective(settings.flow)
+        # Before anything keeps views of parameters, as Muon does: it may give them other memory.
         self.prepared: nn.Module = self.processes.prepare(self.net)
         self.parts = self.processes.parts(self.learning())
         self.average = Average(self.parts, run.ema)

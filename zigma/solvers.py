@@ -13,6 +13,7 @@ how a caller cancels.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -298,6 +299,7 @@ def solve_sde(
         raise ValueError(f"an SDE runs from noise (0) to data (1): expected t0 < t1, got t0={grid[0]:g} and t1={t1:g}")
     f, x = _field(velocity, x0.dtype), _wide(x0)
 
+    @cache  # asked twice in a step, for the score and for the noise
     def w(t: float) -> float:
         return diffusion_coefficient(diffusion, t, path, norm).item()
 

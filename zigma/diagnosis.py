@@ -26,7 +26,7 @@ __all__ = [
     "weights_line",
 ]
 
-PACKAGES = ("torch", "einops", "numpy", "pillow", "safetensors", "torchdiffeq", "tqdm")
+PACKAGES = ("torch", "einops", "numpy", "pillow", "safetensors", "tqdm")
 
 
 def environment_lines() -> Iterator[str]:

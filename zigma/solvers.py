@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .dormand_prince import dormand_prince
 from .flow import LINEAR, Path, Velocity, choose, randn_like
 
 Callback = Callable[[int, float, Tensor, Tensor], None]  # (step, t, x, v): v = velocity(x, t), before x is updated
@@ -144,16 +145,16 @@ def solve_ode(
     """Integrate dx = velocity(x, t) dt from x0 (b, ...) at t0 to t1 and return the state there, (b, ...).
 
     steps     number of intervals between t0 and t1 (not of grid points); or give the whole grid as `times`.
-    method    one of ODE_SOLVERS. "dopri5" (Dormand and Prince 1980, through torchdiffeq) chooses its own steps to
+    method    one of ODE_SOLVERS. "dopri5" (Dormand and Prince 1980, dormand_prince.py) chooses its own steps to
               meet rtol and atol and does not look at `steps`. Its error is one norm over the whole batch, so there a
               sample depends on its neighbours, within the tolerances; all other methods treat each sample alone.
     t0, t1    0 is noise and 1 is data; t0=1, t1=0 inverts: the noise that a sample came from.
     callback  called as callback(step, t, x, v) before each step, v = velocity(x, t); with "dopri5" for each accepted
               step. `path.data_from_velocity(v, x, t)` of these is the preview.
-    overshoot of "dopri5": let its last step pass t1 and interpolate back, which torchdiffeq does unless told and the
+    overshoot of "dopri5": let its last step pass t1 and interpolate back, which torchdiffeq does by default and so the
               published code did. It reproduces published samples, asks the model about times beyond the data, and is
               ten times less exact at the published tolerances.
-    ValueError on unknown methods, grids and shapes; ImportError if "dopri5" finds no torchdiffeq.
+    ValueError on unknown methods, grids and shapes; RuntimeError if "dopri5" cannot meet its tolerances.
     """
     choose(dict.fromkeys(ODE_SOLVERS), method, "ODE solver")
     f, x = _field(velocity, x0.dtype), _wide(x0)
@@ -161,7 +162,7 @@ def solve_ode(
         if times is not None:
             raise ValueError("dopri5 chooses its own steps and takes no times: give t0 and t1, or a fixed-step solver")
         _time_grid(1, t0, t1, None)
-        return _dopri5(f, x, t0, t1, rtol, atol, callback, overshoot).to(x0.dtype)
+        return dormand_prince(f, x, t0, t1, rtol, atol, callback, overshoot).to(x0.dtype)
     if overshoot:
         raise ValueError(f"overshoot is of dopri5, but the method is {method!r}, which ends at t1: leave it out")
     step = FIXED_STEP[method.lower()]
@@ -171,57 +172,6 @@ def solve_ode(
             callback(i, t, x, v)
         x = step(f, x, t, u, v)
     return x.to(x0.dtype)
-
-
-class _AcceptedSteps:
-    """f(t, x) as torchdiffeq calls it, which reports accepted states before the end to a callback(step, t, x, v)."""
-
-    def __init__(self, f: Velocity, end: float, callback: Callback | None):
-        self.f, self.end, self.callback = f, end, callback
-        self.step = 0
-        self.latest: tuple[Tensor, Tensor] | None = None
-
-    def __call__(self, t: Tensor, x: Tensor) -> Tensor:
-        v = self.f(x, t)
-        if self.callback is not None:
-            if self.latest is None:
-                self.callback(0, float(t), x, v)
-            self.latest = (x, v)
-        return v
-
-    def callback_accept_step(self, t: Tensor, x: Tensor, dt: Tensor) -> None:
-        """torchdiffeq passes the state before the step; the last stage evaluated is the one after it (FSAL)."""
-        reached = float(t) + math.copysign(float(dt), self.end - float(t))  # dt is a length when time runs back
-        if self.callback is not None and self.latest is not None and abs(self.end - reached) > 1e-9:
-            self.step += 1
-            self.callback(self.step, reached, *self.latest)
-
-
-def _dopri5(
-    f: Velocity, x0: Tensor, t0: float, t1: float, rtol: float, atol: float, callback: Callback | None,
-    overshoot: bool,
-) -> Tensor:  # fmt: skip
-    try:
-        from torchdiffeq import odeint
-    except ImportError as error:
-        raise ImportError(
-            "the solver dopri5 needs the package torchdiffeq, which is not installed: "
-            f"pip install torchdiffeq, or choose one of {', '.join(FIXED_STEP)}"
-        ) from error
-    dtype = torch.float32 if x0.device.type == "mps" else torch.float64  # MPS has no float64
-    ends = torch.tensor([t0, t1], dtype=dtype, device=x0.device)
-    # step_t makes the last step end at t1. By default it steps beyond and interpolates, but no model knows t > 1.
-    options = {"dtype": dtype} if overshoot else {"dtype": dtype, "step_t": ends[1:]}
-    try:
-        observed = _AcceptedSteps(f, t1, callback)
-        return odeint(observed, x0, ends, rtol=rtol, atol=atol, method="dopri5", options=options)[-1]
-    except AssertionError as error:
-        if "underflow in dt" not in str(error) and "non-finite values" not in str(error):
-            raise
-        raise RuntimeError(
-            f"dopri5 cannot meet rtol={rtol:g} and atol={atol:g} between t={t0:g} and t={t1:g} ({str(error)[:40]}): "
-            f"loosen them, stay away from a singular end, or choose one of {', '.join(FIXED_STEP)}"
-        ) from error
 
 
 # Diffusion coefficients w(t) >= 0 with norm c. sigma, sin^2 and sbdm are SiT 2.4 (i), (ii), (iii), the others stand in

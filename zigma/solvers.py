@@ -13,7 +13,6 @@ how a caller cancels.
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -195,6 +194,18 @@ def diffusion_coefficient(form: str, t: float | Tensor, path: Path = LINEAR, nor
     return choose(DIFFUSIONS, form, "diffusion form")(path, t, norm)
 
 
+def _drift_weights(form: str, times: Sequence[float], path: Path, norm: float) -> list[tuple[float, float]]:
+    """The weights of v and x in v + w s at each of the times: s is linear in both, SiT (9).
+
+    At t = 1 it is the limit of -(w / sigma) eps, not 0 times something large: both factors are taken at t_max.
+    """
+    t = torch.tensor(times, dtype=torch.float64)
+    w = diffusion_coefficient(form, t.clamp(max=path.t_max), path, norm)
+    one, zero = torch.ones_like(t), torch.zeros_like(t)
+    of_v, of_x = path.score_from_velocity(one, zero, t), path.score_from_velocity(zero, one, t)
+    return list(zip((1 + w * of_v).tolist(), (w * of_x).tolist(), strict=True))
+
+
 def _check_sde(method: str, diffusion: str, norm: float, last_step: str | None, last_step_size: float) -> None:
     choose(dict.fromkeys(SDE_SOLVERS), method, "SDE solver")
     choose(DIFFUSIONS, diffusion, "diffusion form")
@@ -248,14 +259,12 @@ def solve_sde(
     if not grid[0] < t1:
         raise ValueError(f"an SDE runs from noise (0) to data (1): expected t0 < t1, got t0={grid[0]:g} and t1={t1:g}")
     f, x = _field(velocity, x0.dtype), _wide(x0)
-
-    @cache  # asked twice in a step, for the score and for the noise
-    def w(t: float) -> float:
-        return diffusion_coefficient(diffusion, t, path, norm).item()
+    weights = dict(zip(grid, _drift_weights(diffusion, grid, path, norm), strict=True))
+    w = diffusion_coefficient(diffusion, torch.tensor(grid[:-1], dtype=torch.float64), path, norm).tolist()
 
     def add_score(v: Tensor, x: Tensor, t: float) -> Tensor:
-        # w s at t = 1 is the limit of -(w/sigma) eps, not 0 times something large: both factors are taken at t_max.
-        return v + w(min(t, path.t_max)) * path.score_from_velocity(v, x, _time(t, x))
+        of_v, of_x = weights[t]
+        return of_v * v + of_x * x
 
     def drift(x: Tensor, t: float) -> Tensor:
         return add_score(f(x, t), x, t)
@@ -263,7 +272,7 @@ def solve_sde(
     noise_first = method.lower() == "heun"
     step = heun if noise_first else euler
     for i, (t, u) in enumerate(pairwise(grid)):
-        noise = math.sqrt(2 * w(t) * (u - t)) * randn_like(x, generator)
+        noise = math.sqrt(2 * w[i] * (u - t)) * randn_like(x, generator)
         x = x + noise if noise_first else x
         v = f(x, t)
         if callback is not None:

@@ -41,19 +41,24 @@ MIDDLE = (
 ORDER, SAFETY, LEAST, MOST = 5, 0.9, 0.2, 10.0  # a step changes by a factor of LEAST to MOST
 
 
-def add_slopes(x: Tensor, h: float, weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
-    """x + h sum_j weights_j slopes_j, always a tensor of its own."""
+def add_slopes(x: Tensor | None, h: float, weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
+    """x + h sum_j weights_j slopes_j, or without x, always a tensor of its own."""
     used = [(h * w, k) for w, k in zip(weights, slopes, strict=False) if w]
-    x = torch.add(x, used[0][1], alpha=used[0][0])
-    for w, k in used[1:]:
-        x.add_(k, alpha=w)
-    return x
+    (w, k), *others = used
+    total = w * k if x is None else torch.add(x, k, alpha=w)
+    for w, k in others:
+        total.add_(k, alpha=w)
+    return total
 
 
-def error_norm(error: Tensor, x: Tensor, y: Tensor | None, rtol: float, atol: float) -> float:
-    """Root mean square, over the whole batch, of error / (atol + rtol max(|x|, |y|))."""
-    size = x.abs() if y is None else torch.maximum(x.abs(), y.abs())
-    return (error / size.mul_(rtol).add_(atol)).square_().mean().sqrt_().item()
+def tolerance(rtol: float, atol: float, x: Tensor) -> Tensor:
+    """What an error may be, number by number: atol + rtol |x|."""
+    return x.abs().mul_(rtol).add_(atol)
+
+
+def norm(error: Tensor, allowed: Tensor) -> float:
+    """Root mean square over the whole batch of error / allowed."""
+    return torch.linalg.vector_norm(error / allowed).item() / math.sqrt(error.numel())
 
 
 def first_step(f: Slope, x: Tensor, t: float, furthest: float, k1: Tensor, rtol: float, atol: float) -> float:
@@ -61,13 +66,14 @@ def first_step(f: Slope, x: Tensor, t: float, furthest: float, k1: Tensor, rtol:
 
     Hairer, Norsett and Wanner, II.4, algorithm 4.14.
     """
-    d0, d1 = (error_norm(v, x, None, rtol, atol) for v in (x, k1))
+    allowed = tolerance(rtol, atol, x)
+    d0, d1 = norm(x, allowed), norm(k1, allowed)
     h0 = 1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1
     if h0 == 0 or math.isnan(h0):  # an infinite slope, or none
         return math.nan
     h0 = math.copysign(min(h0, abs(furthest)), furthest)
     k2 = f(torch.add(x, k1, alpha=h0), t + h0)
-    d2 = error_norm(k2 - k1, x, None, rtol, atol) / abs(h0)
+    d2 = norm(k2 - k1, allowed) / abs(h0)
     steepest = max(d1, d2)
     h1 = max(1e-6, 1e-3 * abs(h0)) if steepest <= 1e-15 else (0.01 / steepest) ** (1 / ORDER)
     return min(100 * abs(h0), h1)
@@ -121,7 +127,8 @@ def dormand_prince(
         for a, c in zip(A[1:], C[1:], strict=True):
             y = add_slopes(x, h, a, slopes)
             slopes.append(f(y, u if c == 1 else t + c * h))  # t + h may round to something beyond the end
-        error = error_norm(add_slopes(torch.zeros_like(x), h, E, slopes), x, y, rtol, atol)
+        allowed = tolerance(rtol, atol, torch.maximum(x.abs(), y.abs()))
+        error = norm(add_slopes(None, h, E, slopes), allowed)
         if error <= 1:
             if last:
                 return between(x, y, slopes, h, (end - t) / h) if overshoot else y

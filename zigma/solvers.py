@@ -100,11 +100,9 @@ def _time_grid(steps: int, t0: float, t1: float, times: Sequence[float] | Tensor
     return [t0 + (t1 - t0) * i / steps for i in range(steps)] + [t1]
 
 
-def _time(t: float | Tensor, x: Tensor) -> Tensor:
+def _time(t: float, x: Tensor) -> Tensor:
     """t as a tensor (b,), in float64 for float64 states and else in float32: bfloat16 cannot tell 0.999 from 1."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if isinstance(t, Tensor):
-        return t.to(dtype).expand(len(x))
     return torch.full((len(x),), t, dtype=dtype, device=x.device)
 
 
@@ -115,11 +113,13 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _field(velocity: Velocity, dtype: torch.dtype) -> Callable[[Tensor, float | Tensor], Tensor]:
-    """velocity(x, t), which sees x in `dtype`, for a scalar t, its answer checked and brought to the state's dtype."""
+def _field(velocity: Velocity, x0: Tensor) -> Callable[[Tensor, float | Tensor], Tensor]:
+    """velocity(x, t) for a scalar t: x is shown in x0's dtype, the answer checked and brought to that of the state."""
+    # Multiplied by t. An evaluation leaves no code in the cache, and torch.full is code that nothing else here runs.
+    one = _time(1.0, x0)
 
     def f(x: Tensor, t: float | Tensor) -> Tensor:
-        v = velocity(x.to(dtype), _time(t, x))
+        v = velocity(x.to(x0.dtype), one * t)
         if v.shape != x.shape:  # would broadcast without a word
             raise ValueError(f"the velocity has shape {tuple(v.shape)}: expected that of the state, {tuple(x.shape)}")
         return v.to(x.dtype)
@@ -156,7 +156,7 @@ def solve_ode(
     ValueError on unknown methods, grids and shapes; RuntimeError if "dopri5" cannot meet its tolerances.
     """
     choose(dict.fromkeys(ODE_SOLVERS), method, "ODE solver")
-    f, x = _field(velocity, x0.dtype), _wide(x0)
+    f, x = _field(velocity, x0), _wide(x0)
     if method.lower() == "dopri5":
         if times is not None:
             raise ValueError("dopri5 chooses its own steps and takes no times: give t0 and t1, or a fixed-step solver")
@@ -258,13 +258,13 @@ def solve_sde(
     t1 = grid[-1]
     if not grid[0] < t1:
         raise ValueError(f"an SDE runs from noise (0) to data (1): expected t0 < t1, got t0={grid[0]:g} and t1={t1:g}")
-    f, x = _field(velocity, x0.dtype), _wide(x0)
+    f, x = _field(velocity, x0), _wide(x0)
     weights = dict(zip(grid, _drift_weights(diffusion, grid, path, norm), strict=True))
     w = diffusion_coefficient(diffusion, torch.tensor(grid[:-1], dtype=torch.float64), path, norm).tolist()
 
     def add_score(v: Tensor, x: Tensor, t: float) -> Tensor:
         of_v, of_x = weights[t]
-        return of_v * v + of_x * x
+        return torch.add(of_x * x, v, alpha=of_v)
 
     def drift(x: Tensor, t: float) -> Tensor:
         return add_score(f(x, t), x, t)
@@ -272,13 +272,13 @@ def solve_sde(
     noise_first = method.lower() == "heun"
     step = heun if noise_first else euler
     for i, (t, u) in enumerate(pairwise(grid)):
-        noise = math.sqrt(2 * w[i] * (u - t)) * randn_like(x, generator)
-        x = x + noise if noise_first else x
+        noise, deviation = randn_like(x, generator), math.sqrt(2 * w[i] * (u - t))
+        x = torch.add(x, noise, alpha=deviation) if noise_first else x
         v = f(x, t)
         if callback is not None:
             callback(i, t, x, v)
         x = step(drift, x, t, u, add_score(v, x, t))
-        x = x if noise_first else x + noise
+        x = x if noise_first else torch.add(x, noise, alpha=deviation)
     if last_step is None:
         return x.to(x0.dtype)
 
@@ -320,7 +320,7 @@ def likelihood(
     """
     if probes < 1:
         raise ValueError(f"the divergence is estimated from random probes: expected at least 1, got {probes}")
-    f, x1 = _field(velocity, x1.dtype), _wide(x1)
+    f, x1 = _field(velocity, x1), _wide(x1)
     shape, n = x1.shape, x1[0].numel()
     device = x1.device if generator is None else generator.device
     kept: list[Tensor] = []

@@ -31,6 +31,11 @@ def read_weights(layer: nn.Module, like: Tensor) -> tuple[Tensor, Tensor | None]
     return layer.weight, getattr(layer, "bias", None)  # norms may have none
 
 
+def _is_changed(layer: nn.Module) -> bool:
+    """Whether calling the layer does something else than its class says."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks) or "forward" in vars(layer)
+
+
 # Of an SSM, by the last part of their keys.
 FLOAT32_PARAMETERS = ("A_log", "A_b_log", "D", "D_b")
 
@@ -68,6 +73,7 @@ class SSM(nn.Module):
             self.register_parameter(f"A{suffix}_log", nn.Parameter(torch.empty(e, n, **precise)))
             self.register_parameter(f"D{suffix}", nn.Parameter(torch.empty(e, **precise)))
         self._read_weights = getattr(operations, "read_weights", read_weights)
+        self._linear = operations.Linear
 
     def _apply(self, fn, recurse: bool = True):
         """As of any module (`.to`, `.half`, `.cuda`, ...), but A and D stay float32 where the others get fewer bits."""
@@ -94,10 +100,20 @@ class SSM(nn.Module):
         weight, bias = self._read_weights(conv1d, x)
         u = ordered_conv1d_silu(x, weight, bias, order)  # from here on in scan order; z waits in raster order
         dt, B, C = x_proj(u).split(self.splits, dim=-1)
-        # Contiguous, so that torch adds the bias within the product; softplus follows inside the scan.
-        delta = dt_proj(dt.contiguous())
+        delta, delta_bias = self._step_sizes(dt_proj, dt)  # softplus follows inside the scan
         A = -torch.exp(A_log.float().to(u.device))
-        return selective_scan_gathered(u, delta, A, B, C, D.float().to(u.device), z, order=order)
+        return selective_scan_gathered(u, delta, A, B, C, D.float().to(u.device), z, delta_bias, order=order)
+
+    def _step_sizes(self, dt_proj: nn.Module, dt: Tensor) -> tuple[Tensor, Tensor | None]:
+        """dt (b, l, r) -> step sizes (b, l, e) before softplus, and their bias (e,) if the scan is to add it.
+
+        On a CPU torch writes the bias to all rows before the product: a pass over memory, where the scan adds it for
+        nothing. A layer that is replaced or hooked, as by an adapter, is called as it stands.
+        """
+        if dt.device.type == "cpu" and type(dt_proj) is self._linear and not _is_changed(dt_proj):
+            weight, bias = self._read_weights(dt_proj, dt)
+            return F.linear(dt, weight), bias.float()
+        return dt_proj(dt.contiguous()), None  # contiguous, so that torch adds the bias within the product
 
     @torch.no_grad()
     def reset_ssm(self, config: ZigMaConfig) -> None:

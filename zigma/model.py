@@ -188,9 +188,11 @@ class ZigMa(nn.Module):
         config = self.config
         frames = max(config.video_frames, 1)
         if config.use_pe == 1 and grid != config.grid:
-            tokens = tokens + sine_positions(*grid, tokens.shape[-1]).to(tokens)
+            places = sine_positions(*grid, tokens.shape[-1]).to(tokens)
         elif config.use_pe:
-            tokens = tokens + self._resampled(self.pos_embed, (frames, *config.grid), (max(f, 1), *grid), tokens)
+            places = self._resampled(self.pos_embed, (frames, *config.grid), (max(f, 1), *grid), tokens)
+        # The sum is laid out as its first summand: as rows, which a convolution's result is not.
+        tokens = places + tokens if config.use_pe else tokens
         if config.tpe:
             by_frame = self._resampled(self.temporal_pos_embedding, (frames, 1, 1), (f, 1, 1), tokens)
             tokens = tokens + by_frame.repeat_interleave(math.prod(grid), dim=1)

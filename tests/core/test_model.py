@@ -177,10 +177,48 @@ def test_a_hosts_accessor_is_asked_for_weights_that_kernels_read():
     with torch.no_grad():
         for block in plain.blocks:
             block.mixer.conv1d.weight.mul_(2)
+            block.mixer.dt_proj.weight.mul_(2)
             block.norm.weight.mul_(2)
         plain.norm_f.weight.mul_(2)
     x, t, _ = inputs(plain)
     torch.testing.assert_close(patched(x, t), plain(x, t))
+
+
+class Noted(torch.nn.Linear):
+    """A layer that somebody put in the place of another."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def doubled(layer, inputs, output):
+    return 2 * output
+
+
+def doubled_forward(layer):
+    return lambda x: 2 * torch.nn.functional.linear(x, layer.weight, layer.bias)
+
+
+@pytest.mark.parametrize("change", ["replaced", "hooked", "forward"])
+def test_a_layer_that_was_changed_is_called_as_it_stands(change):
+    """Adapters of other packages replace layers, hook them or put another forward on them; dt_proj has no less."""
+    expected, model = tiny(), tiny()
+    x, t, _ = inputs(model)
+    plain = model(x, t)
+    for block, reference in zip(model.blocks, expected.blocks, strict=True):
+        layer = block.mixer.dt_proj
+        with torch.no_grad():
+            reference.mixer.dt_proj.weight.mul_(2)
+            reference.mixer.dt_proj.bias.mul_(2)
+        if change == "replaced":
+            block.mixer.dt_proj = Noted(layer.in_features, layer.out_features)
+            block.mixer.dt_proj.load_state_dict(layer.state_dict())
+        elif change == "hooked":
+            layer.register_forward_hook(doubled)
+        else:
+            layer.forward = doubled_forward(layer)
+    torch.testing.assert_close(model(x, t), expected(x, t))
+    assert not torch.allclose(model(x, t), plain)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .mixer import is_changed, read_weights
+
 __all__ = ["FinalLayer", "LabelEmbedder", "PatchEmbed", "TimestepEmbedder", "sine_positions"]
 
 
@@ -23,12 +25,21 @@ class PatchEmbed(nn.Module):
     ) -> None:
         super().__init__()
         self.proj = operations.Conv2d(in_channels, embed_dim, patch_size, patch_size, device=device, dtype=dtype)
+        self._conv, self._read_weights = operations.Conv2d, getattr(operations, "read_weights", read_weights)
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, c, h, w) -> (b, (h/p)(w/p), d), or (b, f, c, h, w) -> (b, f (h/p)(w/p), d)."""
-        if x.dim() == 4:
+        frames = x.shape[1] if x.dim() == 5 else 1
+        x = x if x.dim() == 4 else rearrange(x, "b f c h w -> (b f) c h w")
+        return rearrange(self._tokens(x), "(b f) l d -> b (f l) d", f=frames)
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        """(b, c, h, w) -> (b, l, d). A convolution that steps by its own size is a product, which lies in rows."""
+        if type(self.proj) is not self._conv or is_changed(self.proj):
             return rearrange(self.proj(x), "b d h w -> b (h w) d")
-        return rearrange(self.proj(rearrange(x, "b f c h w -> (b f) c h w")), "(b f) d h w -> b (f h w) d", b=len(x))
+        weight, bias = self._read_weights(self.proj, x)
+        i, j = weight.shape[-2:]
+        return F.linear(rearrange(x, "b c (h i) (w j) -> b (h w) (c i j)", i=i, j=j), weight.flatten(1), bias)
 
 
 def _time_frequencies(count: int) -> list[float]:

@@ -19,7 +19,16 @@ from torch import Tensor, nn
 from .config import ZigMaConfig
 from .selective_scan import ordered_conv1d_silu, selective_scan_gathered
 
-__all__ = ["FLOAT32_PARAMETERS", "SSM", "Attention", "CrossAttention", "Mamba", "at_least_float32", "read_weights"]
+__all__ = [
+    "FLOAT32_PARAMETERS",
+    "SSM",
+    "Attention",
+    "CrossAttention",
+    "Mamba",
+    "at_least_float32",
+    "is_changed",
+    "read_weights",
+]
 
 
 def read_weights(layer: nn.Module, like: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -31,7 +40,7 @@ def read_weights(layer: nn.Module, like: Tensor) -> tuple[Tensor, Tensor | None]
     return layer.weight, getattr(layer, "bias", None)  # norms may have none
 
 
-def _is_changed(layer: nn.Module) -> bool:
+def is_changed(layer: nn.Module) -> bool:
     """Whether calling the layer does something else than its class says."""
     return bool(layer._forward_hooks or layer._forward_pre_hooks) or "forward" in vars(layer)
 
@@ -110,7 +119,7 @@ class SSM(nn.Module):
         On a CPU torch writes the bias to all rows before the product: a pass over memory, where the scan adds it for
         nothing. A layer that is replaced or hooked, as by an adapter, is called as it stands.
         """
-        if dt.device.type == "cpu" and type(dt_proj) is self._linear and not _is_changed(dt_proj):
+        if dt.device.type == "cpu" and type(dt_proj) is self._linear and not is_changed(dt_proj):
             weight, bias = self._read_weights(dt_proj, dt)
             return F.linear(dt, weight), bias.float()
         return dt_proj(dt.contiguous()), None  # contiguous, so that torch adds the bias within the product

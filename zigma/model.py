@@ -191,8 +191,7 @@ class ZigMa(nn.Module):
             places = sine_positions(*grid, tokens.shape[-1]).to(tokens)
         elif config.use_pe:
             places = self._resampled(self.pos_embed, (frames, *config.grid), (max(f, 1), *grid), tokens)
-        # The sum is laid out as its first summand: as rows, which a convolution's result is not.
-        tokens = places + tokens if config.use_pe else tokens
+        tokens = tokens + places if config.use_pe else tokens
         if config.tpe:
             by_frame = self._resampled(self.temporal_pos_embedding, (frames, 1, 1), (f, 1, 1), tokens)
             tokens = tokens + by_frame.repeat_interleave(math.prod(grid), dim=1)

@@ -180,12 +180,20 @@ def test_a_hosts_accessor_is_asked_for_weights_that_kernels_read():
             block.mixer.dt_proj.weight.mul_(2)
             block.norm.weight.mul_(2)
         plain.norm_f.weight.mul_(2)
+        plain.x_embedder.proj.weight.mul_(2)
     x, t, _ = inputs(plain)
     torch.testing.assert_close(patched(x, t), plain(x, t))
 
 
-class Noted(torch.nn.Linear):
+class NotedLinear(torch.nn.Linear):
     """A layer that somebody put in the place of another."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class NotedConv2d(torch.nn.Conv2d):
+    """As NotedLinear."""
 
     def forward(self, x):
         return 2 * super().forward(x)
@@ -195,28 +203,29 @@ def doubled(layer, inputs, output):
     return 2 * output
 
 
-def doubled_forward(layer):
-    return lambda x: 2 * torch.nn.functional.linear(x, layer.weight, layer.bias)
+def changed(layer, how):
+    """What adapters of other packages make of a layer: one in its place, a hook on it, or another forward."""
+    if how == "replaced" and isinstance(layer, torch.nn.Linear):
+        layer.__class__ = NotedLinear
+    elif how == "replaced":
+        layer.__class__ = NotedConv2d
+    elif how == "hooked":
+        layer.register_forward_hook(doubled)
+    else:
+        plain = layer.forward
+        layer.forward = lambda x: 2 * plain(x)
 
 
-@pytest.mark.parametrize("change", ["replaced", "hooked", "forward"])
-def test_a_layer_that_was_changed_is_called_as_it_stands(change):
-    """Adapters of other packages replace layers, hook them or put another forward on them; dt_proj has no less."""
+@pytest.mark.parametrize("how", ["replaced", "hooked", "forward"])
+@pytest.mark.parametrize("name", ["x_embedder.proj", "blocks.1.mixer.dt_proj"])
+def test_a_layer_that_was_changed_is_called_as_it_stands(name, how):
     expected, model = tiny(), tiny()
     x, t, _ = inputs(model)
     plain = model(x, t)
-    for block, reference in zip(model.blocks, expected.blocks, strict=True):
-        layer = block.mixer.dt_proj
-        with torch.no_grad():
-            reference.mixer.dt_proj.weight.mul_(2)
-            reference.mixer.dt_proj.bias.mul_(2)
-        if change == "replaced":
-            block.mixer.dt_proj = Noted(layer.in_features, layer.out_features)
-            block.mixer.dt_proj.load_state_dict(layer.state_dict())
-        elif change == "hooked":
-            layer.register_forward_hook(doubled)
-        else:
-            layer.forward = doubled_forward(layer)
+    with torch.no_grad():
+        for parameter in expected.get_submodule(name).parameters():
+            parameter.mul_(2)
+    changed(model.get_submodule(name), how)
     torch.testing.assert_close(model(x, t), expected(x, t))
     assert not torch.allclose(model(x, t), plain)
 

@@ -58,7 +58,7 @@ def tolerance(rtol: float, atol: float, x: Tensor) -> Tensor:
 
 def norm(error: Tensor, allowed: Tensor) -> float:
     """Root mean square over the whole batch of error / allowed."""
-    return torch.linalg.vector_norm(error / allowed).item() / math.sqrt(error.numel())
+    return torch.linalg.vector_norm(error / allowed).item() / math.sqrt(max(error.numel(), 1))
 
 
 def first_step(f: Slope, x: Tensor, t: float, furthest: float, k1: Tensor, rtol: float, atol: float) -> float:

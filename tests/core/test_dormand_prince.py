@@ -89,6 +89,10 @@ def test_a_field_that_is_not_finite_ends_it_soon(value, since):
     assert len(times) < 200
 
 
+def test_an_empty_batch_stays_empty():
+    assert ours.dormand_prince(lambda x, t: -x, torch.zeros(0, 3), 0.0, 1.0, 1e-3, 1e-6).shape == (0, 3)
+
+
 def test_what_a_field_raises_comes_out_unchanged():
     def f(x, t):
         raise RuntimeError("out of memory")

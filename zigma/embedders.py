@@ -39,7 +39,9 @@ class PatchEmbed(nn.Module):
             return rearrange(self.proj(x), "b d h w -> b (h w) d")
         weight, bias = self._read_weights(self.proj, x)
         i, j = weight.shape[-2:]
-        return F.linear(rearrange(x, "b c (h i) (w j) -> b (h w) (c i j)", i=i, j=j), weight.flatten(1), bias)
+        rows = rearrange(x, "b c (h i) (w j) -> (b h w) (c i j)", i=i, j=j)
+        tokens = x.shape[-2] // i * (x.shape[-1] // j)
+        return rearrange(F.linear(rows, weight.flatten(1), bias), "(b l) d -> b l d", l=tokens)
 
 
 def _time_frequencies(count: int) -> list[float]:

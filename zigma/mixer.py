@@ -121,7 +121,8 @@ class SSM(nn.Module):
         """
         if dt.device.type == "cpu" and type(dt_proj) is self._linear and not is_changed(dt_proj):
             weight, bias = self._read_weights(dt_proj, dt)
-            return F.linear(dt, weight), bias.float()
+            rows = F.linear(dt.flatten(0, 1), weight)  # of three dimensions torch makes one product or several
+            return rows.unflatten(0, dt.shape[:2]), bias.float()
         return dt_proj(dt.contiguous()), None  # contiguous, so that torch adds the bias within the product
 
     @torch.no_grad()

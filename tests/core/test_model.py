@@ -185,6 +185,12 @@ def test_a_hosts_accessor_is_asked_for_weights_that_kernels_read():
     torch.testing.assert_close(patched(x, t), plain(x, t))
 
 
+def test_a_batch_of_none_stays_one():
+    model = tiny()
+    x, t, _ = inputs(model)
+    assert model(x[:0], t[:0]).shape == x[:0].shape
+
+
 class NotedLinear(torch.nn.Linear):
     """A layer that somebody put in the place of another."""
 

@@ -169,7 +169,7 @@ class _Field:
         self.one = torch.ones_like(t) if self.one is None else self.one
         sigma = (self.one - t).clamp(min=SIGMA_MIN)
         self.denoised = self.model(x, sigma, **self.extra_args)
-        return torch.sub(self.denoised, x).div_(expand_time(sigma, x))
+        return (self.denoised - x) / expand_time(sigma, x)
 
 
 def _distinct(sigmas: Tensor) -> list[float]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 Slope = Callable[[Tensor, float], Tensor]  # f(x, t)
-Accepted = Callable[[int, float, Tensor, Tensor], None]  # (step, t, x, f(x, t))
+Callback = Callable[[int, float, Tensor, Tensor], None]  # (step, t, x, f(x, t)), before x is updated
 
 C = (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
 A = (
@@ -39,6 +39,10 @@ MIDDLE = (
 )  # fmt: skip
 
 ORDER, SAFETY, LEAST, MOST = 5, 0.9, 0.2, 10.0  # a step changes by a factor of LEAST to MOST
+
+
+class StepUnderflow(RuntimeError):
+    """No step was short enough."""
 
 
 def add_slopes(x: Tensor | None, h: float, weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
@@ -99,29 +103,26 @@ def between(x: Tensor, y: Tensor, slopes: Sequence[Tensor], h: float, part: floa
 
 
 def dormand_prince(
-    f: Slope, x: Tensor, t: float, end: float, rtol: float, atol: float, accepted: Accepted | None = None,
+    f: Slope, x: Tensor, t: float, end: float, rtol: float, atol: float, callback: Callback | None = None,
     overshoot: bool = False,
 ) -> Tensor:  # fmt: skip
     """Integrate dx = f(x, t) dt from x (b, ...) at time t to `end`, which may lie on either side.
 
-    accepted   called as accepted(step, t, x, f(x, t)) at the start and after each step that was kept, but the last.
+    callback   called as callback(step, t, x, f(x, t)) at the start and after each step that was kept, but the last.
     overshoot  let the last step pass the end, and go back by the quartic of that step, of order 4.
-    ValueError on negative tolerances; RuntimeError where no step is short enough for them, or f is not a number.
+    ValueError on negative tolerances; StepUnderflow where no step is short enough for them, or f is not a number.
     """
     if not (rtol >= 0 and atol >= 0 and rtol + atol > 0):
         raise ValueError(f"rtol and atol limit the error: expected two positive numbers, got {rtol:g} and {atol:g}")
     step, k = 0, f(x, t)
     shortest = 16 * math.ulp(max(abs(t), abs(end)))
-    if accepted is not None:
-        accepted(step, t, x, k)
+    if callback is not None:
+        callback(step, t, x, k)
     length = first_step(f, x, t, (end - t) * (math.inf if overshoot else 1), k, rtol, atol)
     while True:
         last = length >= abs(end - t)
         if not (last or length > shortest):  # nor is NaN
-            raise RuntimeError(
-                f"dopri5 cannot meet rtol={rtol:g} and atol={atol:g} between t={t:g} and t={end:g} (its step came down "
-                f"to {length:.1g}): loosen them, stay away from a singular end, or choose a solver with fixed steps"
-            )
+            raise StepUnderflow(f"at t={t:g} the step came down to {length:.1g}")
         u = end if last and not overshoot else t + math.copysign(length, end - t)
         h, slopes = u - t, [k]
         for a, c in zip(A[1:], C[1:], strict=True):
@@ -133,6 +134,6 @@ def dormand_prince(
             if last:
                 return between(x, y, slopes, h, (end - t) / h) if overshoot else y
             step, t, x, k = step + 1, u, y, slopes[-1]
-            if accepted is not None:
-                accepted(step, t, x, k)
+            if callback is not None:
+                callback(step, t, x, k)
         length = next_step(abs(h), error)

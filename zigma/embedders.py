@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .mixer import is_changed, read_weights
+from .mixer import is_plain, read_weights
 
 __all__ = ["FinalLayer", "LabelEmbedder", "PatchEmbed", "TimestepEmbedder", "sine_positions"]
 
@@ -35,7 +35,7 @@ class PatchEmbed(nn.Module):
 
     def _tokens(self, x: Tensor) -> Tensor:
         """(b, c, h, w) -> (b, l, d). A convolution that steps by its own size is a product, which lies in rows."""
-        if type(self.proj) is not self._conv or is_changed(self.proj):
+        if not is_plain(self.proj, self._conv):
             return rearrange(self.proj(x), "b d h w -> b (h w) d")
         weight, bias = self._read_weights(self.proj, x)
         i, j = weight.shape[-2:]

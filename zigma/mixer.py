@@ -26,7 +26,7 @@ __all__ = [
     "CrossAttention",
     "Mamba",
     "at_least_float32",
-    "is_changed",
+    "is_plain",
     "read_weights",
 ]
 
@@ -40,9 +40,12 @@ def read_weights(layer: nn.Module, like: Tensor) -> tuple[Tensor, Tensor | None]
     return layer.weight, getattr(layer, "bias", None)  # norms may have none
 
 
-def is_changed(layer: nn.Module) -> bool:
-    """Whether calling the layer does something else than its class says."""
-    return bool(layer._forward_hooks or layer._forward_pre_hooks) or "forward" in vars(layer)
+def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling the layer does what its kind says: it was not replaced, hooked, or given another forward.
+
+    Only then may its weights be read in place of the call. Adapters do all three.
+    """
+    return type(layer) is kind and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
 
 
 # Of an SSM, by the last part of their keys.
@@ -117,9 +120,9 @@ class SSM(nn.Module):
         """dt (b, l, r) -> step sizes (b, l, e) before softplus, and their bias (e,) if the scan is to add it.
 
         On a CPU torch writes the bias to all rows before the product: a pass over memory, where the scan adds it for
-        nothing. A layer that is replaced or hooked, as by an adapter, is called as it stands.
+        nothing.
         """
-        if dt.device.type == "cpu" and type(dt_proj) is self._linear and not is_changed(dt_proj):
+        if dt.device.type == "cpu" and is_plain(dt_proj, self._linear):
             weight, bias = self._read_weights(dt_proj, dt)
             rows = F.linear(dt.flatten(0, 1), weight)  # of three dimensions torch makes one product or several
             return rows.unflatten(0, dt.shape[:2]), bias.float()

@@ -188,10 +188,9 @@ class ZigMa(nn.Module):
         config = self.config
         frames = max(config.video_frames, 1)
         if config.use_pe == 1 and grid != config.grid:
-            places = sine_positions(*grid, tokens.shape[-1]).to(tokens)
+            tokens = tokens + sine_positions(*grid, tokens.shape[-1]).to(tokens)
         elif config.use_pe:
-            places = self._resampled(self.pos_embed, (frames, *config.grid), (max(f, 1), *grid), tokens)
-        tokens = tokens + places if config.use_pe else tokens
+            tokens = tokens + self._resampled(self.pos_embed, (frames, *config.grid), (max(f, 1), *grid), tokens)
         if config.tpe:
             by_frame = self._resampled(self.temporal_pos_embedding, (frames, 1, 1), (f, 1, 1), tokens)
             tokens = tokens + by_frame.repeat_interleave(math.prod(grid), dim=1)

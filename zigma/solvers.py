@@ -19,11 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .dormand_prince import dormand_prince
+from .dormand_prince import Callback, Slope, StepUnderflow, dormand_prince
 from .flow import LINEAR, Path, Velocity, choose, randn_like
 
-Callback = Callable[[int, float, Tensor, Tensor], None]  # (step, t, x, v): v = velocity(x, t), before x is updated
-Slope = Callable[[Tensor, float], Tensor]
 Step = Callable[[Slope, Tensor, float, float, Tensor], Tensor]
 
 # One step of an explicit Runge-Kutta method from time t to u, given the first slope k1 = f(x, t). The stage times are
@@ -161,7 +159,13 @@ def solve_ode(
         if times is not None:
             raise ValueError("dopri5 chooses its own steps and takes no times: give t0 and t1, or a fixed-step solver")
         _time_grid(1, t0, t1, None)
-        return dormand_prince(f, x, t0, t1, rtol, atol, callback, overshoot).to(x0.dtype)
+        try:
+            return dormand_prince(f, x, t0, t1, rtol, atol, callback, overshoot).to(x0.dtype)
+        except StepUnderflow as error:
+            raise RuntimeError(
+                f"dopri5 cannot meet rtol={rtol:g} and atol={atol:g} between t={t0:g} and t={t1:g} ({error}): "
+                f"loosen them, stay away from a singular end, or choose one of {', '.join(FIXED_STEP)}"
+            ) from error
     if overshoot:
         raise ValueError(f"overshoot is of dopri5, but the method is {method!r}, which ends at t1: leave it out")
     step = FIXED_STEP[method.lower()]

@@ -37,6 +37,8 @@ EXPORT int64_t zs_exp2(const char *instruction_set, const float *x, float *y, in
 /* Fresh memory that is about to be written whole: one page fault for 2 MB in place of 512, where the system can. */
 EXPORT void zs_use_huge_pages(void *memory, int64_t bytes) { zs_huge_pages(memory, bytes); }
 
+EXPORT void zs_lend_threads(zs_team team) { zs_lend_team(team); }
+
 /* ---- helpers ---- */
 
 static int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
@@ -222,7 +224,8 @@ EXPORT int64_t zs_scan_forward(const char *instruction_set, const zs_scan_args *
     int status = open_scan(&run, a, instruction_set);
     if (status != ZS_OK) return status;
     const division *d = &run.division;
-    status = zs_parallel(d->threads, d->tasks, run.kernels->scan_workspace(&run.job, d->units, 0), forward_task, &run);
+    status = zs_parallel(d->threads, a->threads, d->tasks, run.kernels->scan_workspace(&run.job, d->units, 0),
+                         forward_task, &run);
     zs_release(run.job.A_packed);
     return status;
 }
@@ -239,7 +242,8 @@ EXPORT int64_t zs_scan_backward(const char *instruction_set, const zs_scan_args 
     job->bias_partial = zeros(a->batch * job->padded);
     status = ZS_NO_MEMORY;
     if (job->BC_partial && job->A_partial && job->D_partial && job->bias_partial)
-        status = zs_parallel(d->threads, d->tasks, run.kernels->scan_workspace(job, d->units, 1), backward_task, &run);
+        status = zs_parallel(d->threads, a->threads, d->tasks, run.kernels->scan_workspace(job, d->units, 1),
+                             backward_task, &run);
     if (status == ZS_OK) {
         for (int64_t batch = 0; batch < a->batch; batch++) sum_rows(job, batch);
         sum_parameters(&run);
@@ -301,8 +305,8 @@ EXPORT int64_t zs_conv_forward(const char *instruction_set, const zs_conv_args *
     int status = open_conv(&run, a, instruction_set);
     if (status != ZS_OK) return status;
     const division *d = &run.division;
-    status = zs_parallel(d->threads, d->tasks, run.kernels->conv_workspace(&run.job, d->units, 0), conv_forward_task,
-                         &run);
+    status = zs_parallel(d->threads, a->threads, d->tasks, run.kernels->conv_workspace(&run.job, d->units, 0),
+                         conv_forward_task, &run);
     zs_release(run.job.weight_packed);
     return status;
 }
@@ -326,7 +330,7 @@ EXPORT int64_t zs_conv_backward(const char *instruction_set, const zs_conv_args 
     run.job.weight_partial = zeros(a->batch * (a->width + 1) * run.job.padded);
     status = ZS_NO_MEMORY;
     if (run.job.weight_partial)
-        status = zs_parallel(d->threads, d->tasks, run.kernels->conv_workspace(&run.job, d->units, 1),
+        status = zs_parallel(d->threads, a->threads, d->tasks, run.kernels->conv_workspace(&run.job, d->units, 1),
                              conv_backward_task, &run);
     if (status == ZS_OK) sum_conv_parameters(&run.job);
     zs_release(run.job.weight_partial);
@@ -366,8 +370,8 @@ EXPORT int64_t zs_norm_forward(const char *instruction_set, const zs_norm_args *
     norm_run run;
     int status = open_norm(&run, a, instruction_set);
     if (status != ZS_OK) return status;
-    return zs_parallel(zs_useful_threads(a->threads, a->batch * a->length * a->width * 2), a->batch * run.blocks,
-                       run.padded, norm_task, &run);
+    return zs_parallel(zs_useful_threads(a->threads, a->batch * a->length * a->width * 2), a->threads,
+                       a->batch * run.blocks, run.padded, norm_task, &run);
 }
 
 /* Adds rows first ... first + count of the partial sums number `which` to a row of the result. */
@@ -386,8 +390,8 @@ EXPORT int64_t zs_norm_backward(const char *instruction_set, const zs_norm_args 
     if (status != ZS_OK) return status;
     run.partial = zeros(a->batch * run.blocks * NORM_SUMS * run.padded);
     if (!run.partial) return ZS_NO_MEMORY;
-    status = zs_parallel(zs_useful_threads(a->threads, a->batch * a->length * a->width * 4), a->batch * run.blocks,
-                         2 * run.padded, norm_backward_task, &run);
+    status = zs_parallel(zs_useful_threads(a->threads, a->batch * a->length * a->width * 4), a->threads,
+                         a->batch * run.blocks, 2 * run.padded, norm_backward_task, &run);
     if (status == ZS_OK) {
         float *each[] = {a->d_gate, a->d_scale, a->d_shift};
         for (int64_t which = 0; which < 3; which++)

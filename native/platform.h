@@ -27,6 +27,8 @@ static void join_thread(zs_thread thread) {
     CloseHandle(thread);
 }
 
+static int64_t current_process(void) { return (int64_t)GetCurrentProcessId(); }
+
 static void block_signals(zs_signals *before) { *before = 0; }
 static void restore_signals(const zs_signals *before) { (void)before; }
 
@@ -39,6 +41,7 @@ static void release_aligned(void *memory) { _aligned_free(memory); }
 
 #include <pthread.h>
 #include <signal.h>
+#include <unistd.h>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -53,6 +56,8 @@ static int start_thread(zs_thread *thread, void *(*run)(void *), void *argument)
 }
 
 static void join_thread(zs_thread thread) { pthread_join(thread, NULL); }
+
+static int64_t current_process(void) { return (int64_t)getpid(); }
 
 /* Threads inherit the mask: signals belong to the host's threads. */
 static void block_signals(zs_signals *before) {

@@ -7,7 +7,7 @@
 
 #include <stdint.h>
 
-#define ZS_ABI_VERSION 2
+#define ZS_ABI_VERSION 3
 
 enum { ZS_F32 = 0, ZS_BF16 = 1 };
 enum { ZS_OK = 0, ZS_BAD_ORDER = 1, ZS_NO_MEMORY = 2, ZS_UNSUPPORTED = 3 };

@@ -43,49 +43,96 @@ def output_and_gradients(inputs):
     return out.detach(), *torch.autograd.grad(out, inputs, torch.ones_like(out))
 
 
-def test_number_of_threads_does_not_change_a_bit(library):
-    inputs = draw_inputs(3, 64, 300, 16, requires_grad=True)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(output_and_gradients(inputs))
-    finally:
-        torch.set_num_threads(before)
+@pytest.fixture
+def set_threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["torch's threads", "own threads"])
+def kind(request, library):
+    """The two kinds of threads that the kernels run on."""
+    team = native_library.threads_of_torch()
+    if request.param == "torch's threads" and team is None:
+        pytest.skip("NOT TESTED: torch's threads, for this torch has no OpenMP runtime like libgomp")
+    library.lend_threads(team if request.param == "torch's threads" else None)
+    yield request.param
+    library.lend_threads(team)
+
+
+MANY = (3, 192, 300, 16)  # elements enough for two threads of either kind
+
+
+def test_number_of_threads_does_not_change_a_bit(library, kind, set_threads):
+    inputs, results = draw_inputs(*MANY, requires_grad=True), []
+    for threads in (1, 2, 3):
+        set_threads(threads)
+        results.append(output_and_gradients(inputs))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_several_python_threads_at_once(library):
-    inputs = draw_inputs(2, 64, 140, 16, requires_grad=True)
+def test_several_python_threads_at_once(library, kind, set_threads):
+    inputs = draw_inputs(*MANY, requires_grad=True)
+    set_threads(2)
     want = output_and_gradients(inputs)
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        results = list(pool.map(lambda _: output_and_gradients(inputs), range(12)))
+        results = list(pool.map(lambda _: output_and_gradients(inputs), range(8)))
     for got in results:
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="NOT TESTED: libgomp, which torch has on Linux alone")
+def test_the_kernels_run_on_torchs_threads(library):
+    """Beside those, which spin for a while after each loop of torch, threads of our own were no faster than one."""
+    loaded = [line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line]
+    if not any(Path(torch.__file__).resolve().parent in Path(name).parents for name in loaded):
+        pytest.skip("NOT TESTED: torch's threads, for this torch brings no libgomp")
+    assert native_library.threads_of_torch()
+
+
+@pytest.mark.parametrize("come", [1, 2, 3, 7])
+def test_a_team_is_as_large_as_torchs_and_may_come_in_any_number(library, set_threads, come):
+    """A runtime ends threads that a smaller team leaves out. It may also send fewer than it was asked for, or more."""
+    small, large = draw_inputs(1, 64, 300, 16), draw_inputs(*MANY)
+    want, asked = [selective_scan(*inputs, backend="native") for inputs in (small, large)], []
+    work = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+    @ctypes.CFUNCTYPE(None, work, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    def team(run, data, threads, flags):
+        asked.append((threads, flags))
+        for _ in range(come):
+            run(data)
+
+    set_threads(3)
+    library.lend_threads(ctypes.cast(team, ctypes.c_void_p).value)
+    try:
+        got = [selective_scan(*inputs, backend="native") for inputs in (small, large)]
+    finally:
+        library.lend_threads(native_library.threads_of_torch())
+    assert asked == [(3, 0), (3, 0)]
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="NOT TESTED: fork, which this system lacks")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_forked_child_computes_the_same(library):
+def test_a_forked_child_computes_the_same(library, kind, set_threads):
     """A data loader forks after the parent has used its threads; the child must neither hang nor differ."""
-    inputs, before = draw_inputs(3, 64, 300, 16), torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        want = selective_scan(*inputs, backend="native").numpy().tobytes()
-        child = os.fork()
-        if child == 0:  # only the kernel and bytes: torch's own threads do not survive a fork
-            same = selective_scan(*inputs, backend="native").numpy().tobytes() == want
-            os._exit(0 if same else 1)
-        deadline = time.monotonic() + 30
-        while (finished := os.waitpid(child, os.WNOHANG))[0] == 0:
-            if time.monotonic() > deadline:
-                os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
-                pytest.fail("the forked child hangs")
-            time.sleep(0.01)
-    finally:
-        torch.set_num_threads(before)
+    inputs = draw_inputs(*MANY)
+    set_threads(2)
+    want = selective_scan(*inputs, backend="native").numpy().tobytes()
+    child = os.fork()
+    if child == 0:  # only the kernel and bytes: torch's own threads do not survive a fork
+        same = selective_scan(*inputs, backend="native").numpy().tobytes() == want
+        os._exit(0 if same else 1)
+    deadline = time.monotonic() + 30
+    while (finished := os.waitpid(child, os.WNOHANG))[0] == 0:
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            pytest.fail("the forked child hangs")
+        time.sleep(0.01)
     assert os.waitstatus_to_exitcode(finished[1]) == 0
 
 

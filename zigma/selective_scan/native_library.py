@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import platform
 import sys
 import sysconfig
@@ -15,9 +16,10 @@ import threading
 from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_int64, c_void_p
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 FLOAT32, BFLOAT16 = 0, 1
 OK, BAD_ORDER, NO_MEMORY, UNSUPPORTED = range(4)
 MAX_STATES, MAX_CONV_WIDTH = 256, 16
@@ -100,6 +102,7 @@ class NativeLibrary:
         self._checkpoint_floats = self._bind("zs_checkpoint_floats", [c_char_p, *[c_int64] * 4])
         self._exp2 = self._bind("zs_exp2", [c_char_p, c_void_p, c_void_p, c_int64, c_int64])
         self._use_huge_pages = self._bind("zs_use_huge_pages", [c_void_p, c_int64], None)
+        self._lend_threads = self._bind("zs_lend_threads", [c_void_p], None)
         self._structure_size = self._bind("zs_structure_size", [c_int64])
         scan, conv = [c_char_p, POINTER(ScanArgs)], [c_char_p, POINTER(ConvArgs)]
         norm = [c_char_p, POINTER(NormArgs)]
@@ -144,6 +147,13 @@ class NativeLibrary:
             self._use_huge_pages(fresh.data_ptr(), size)
         return fresh
 
+    def lend_threads(self, team: int | None) -> None:
+        """Runs the kernels on the team of an OpenMP runtime, the address of its GOMP_parallel; None: on our own.
+
+        A fork of this process goes back to our own: a runtime's threads do not survive it.
+        """
+        self._lend_threads(team)
+
     def call(self, name: str, args: ScanArgs | ConvArgs | NormArgs) -> None:
         status = self._calls[name](self.instruction_set.encode(), byref(args))
         if status == BAD_ORDER:
@@ -152,6 +162,20 @@ class NativeLibrary:
             raise MemoryError(f"selective scan: no memory for the workspace of {name}; use a smaller batch")
         if status != OK:
             raise RuntimeError(f"selective scan: native {name} returned status {status}; {REBUILD}")
+
+
+def threads_of_torch() -> int | None:
+    """The address of GOMP_parallel in the OpenMP runtime that torch links to; None where it has none of the kind.
+
+    Looked up through torch's own library: a process may hold several such runtimes, each with threads of its own.
+    """
+    if sys.platform != "linux" or not torch.backends.openmp.is_available():
+        return None
+    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:  # as it is loaded, or not at all
+        return ctypes.cast(ctypes.CDLL(str(path), os.RTLD_NOLOAD | os.RTLD_NOW).GOMP_parallel, c_void_p).value
+    except (OSError, AttributeError):
+        return None
 
 
 def library_path() -> Path:
@@ -201,6 +225,7 @@ def _open(path: Path) -> NativeLibrary:
     if expected != [hashlib.sha256(path.read_bytes()).hexdigest()]:
         raise NativeUnavailable(f"{path} does not match {checksum.name}; {REBUILD}")
     library = NativeLibrary(path)
+    library.lend_threads(threads_of_torch())
     from .native import self_test
 
     error = self_test(library)

@@ -11,6 +11,7 @@ import torch
 
 from zigma import ZigMa, ZigMaConfig
 from zigma.selective_scan import available_backends, custom_ops, ordered_conv1d_silu, selective_scan
+from zigma.selective_scan.dispatch import BACKENDS
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = {
@@ -68,6 +69,9 @@ def test_operators_obey_the_rules(backend):
         torch.library.opcheck(
             operators.selective_scan.default, (*optional, True, order, order, True, backend), test_utils=checks
         )
+    if hasattr(BACKENDS[backend], "scan_over_delta"):
+        operator = operators.selective_scan_over_delta.default
+        torch.library.opcheck(operator, (*(t.detach() for t in inputs), True, backend), test_utils=checks)
     conv = (leaves[0], torch.randn(d, 4, generator=g), None, order, backend)
     torch.library.opcheck(operators.conv1d_silu.default, conv)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from zigma.embedders import TimestepEmbedder
 from zigma.mixer import read_weights
 from zigma.model import ZigMa
 from zigma.scan_orders import inverse_order, scan_order
+from zigma.selective_scan import available_backends, custom_ops
 
 TEXT = {"has_text": True, "d_context": 6}
 CONDITIONS = {"none": {}, "class": {"num_classes": 3}, "text": TEXT}
@@ -234,6 +236,25 @@ def test_a_layer_that_was_changed_is_called_as_it_stands(name, how):
     changed(model.get_submodule(name), how)
     torch.testing.assert_close(model(x, t), expected(x, t))
     assert not torch.allclose(model(x, t), plain)
+
+
+@torch.no_grad()
+def test_what_a_hook_has_seen_of_the_step_sizes_stays(monkeypatch):
+    """A scan may write its result over them, but not over what others keep."""
+    model, kept = tiny(), []
+    x, t, _ = inputs(model)
+    over = mock.Mock(wraps=custom_ops.selective_scan_over_delta)
+    monkeypatch.setattr(custom_ops, "selective_scan_over_delta", over)
+    plain = model(x, t)
+    for block in model.blocks:
+        block.mixer.dt_proj.register_forward_hook(lambda _layer, _inputs, out: kept.append((out, out.clone())))
+    calls = over.call_count
+    torch.testing.assert_close(model(x, t), plain)
+    assert over.call_count == calls
+    assert len(kept) == len(model.blocks)
+    assert all(torch.equal(now, then) for now, then in kept)
+    if "native" in available_backends():
+        assert calls == len(model.blocks)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,14 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from zigma.selective_scan import available_backends, dispatch, native, native_library, selective_scan
+from zigma.selective_scan import (
+    available_backends,
+    dispatch,
+    native,
+    native_library,
+    selective_scan,
+    selective_scan_gathered,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -134,6 +141,44 @@ def test_a_forked_child_computes_the_same(library, kind, set_threads):
             pytest.fail("the forked child hangs")
         time.sleep(0.01)
     assert os.waitstatus_to_exitcode(finished[1]) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("instruction_set", native_library.INSTRUCTION_SETS)
+@torch.no_grad()
+def test_the_result_may_take_the_place_of_delta(library, monkeypatch, instruction_set, dtype):
+    """Bit for bit the same, whatever of the gate, the bias and D there is, and the rows of whole chunks or not."""
+    if instruction_set not in library.instruction_sets():
+        pytest.skip(f"NOT TESTED: {instruction_set}, which this CPU lacks")
+    monkeypatch.setattr(library, "instruction_set", instruction_set)
+    for sizes in ((1, 1, 1, 1), (2, 37, 21, 5), (2, 48, 256, 16), (0, 4, 4, 2)):
+        inputs = draw_inputs(*sizes)
+        inputs = [t.to(dtype) if t.ndim == 3 else t for t in inputs]
+        for optional in (inputs, [*inputs[:5], None, None, None]):
+            want = selective_scan_gathered(*optional, backend="native")
+            delta = optional[1].clone()
+            got = selective_scan_gathered(
+                optional[0], delta, *optional[2:], backend="native", overwrite_delta=True
+            )  # fmt: skip
+            assert torch.equal(got, want)
+            assert got.data_ptr() == delta.data_ptr()
+
+
+@pytest.mark.parametrize("why", ["order", "gradients", "another dtype", "not dense", "torch"])
+def test_delta_is_left_alone(library, why):
+    """Where the result cannot take its place, allowed or not."""
+    u, delta, *others = draw_inputs(2, 20, 24, 4, requires_grad=why == "gradients")
+    options = {"backend": "torch" if why == "torch" else "native", "order": None}
+    if why == "order":
+        options["order"] = torch.randperm(20, generator=torch.Generator().manual_seed(0))
+    elif why == "another dtype":
+        delta = delta.bfloat16()
+    elif why == "not dense":
+        delta = delta[:, :1].expand(-1, 20, -1)
+    before = delta.detach().clone()
+    got = selective_scan_gathered(u, delta, *others, **options, overwrite_delta=True)
+    assert torch.equal(got, selective_scan_gathered(u, delta, *others, **options))
+    assert torch.equal(delta, before)
 
 
 @pytest.mark.parametrize("instruction_set", native_library.INSTRUCTION_SETS)

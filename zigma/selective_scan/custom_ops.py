@@ -16,7 +16,7 @@ from .orders import check_permutations
 __all__ = ["conv1d_silu", "selective_scan"]
 
 # Raise the number when a schema below changes: an older copy of the pack in the process may have registered its own.
-NAMESPACE = "zigma_1"
+NAMESPACE = "zigma_2"
 
 _SCAN_INPUTS = (
     "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
@@ -26,6 +26,10 @@ SCHEMAS = {
     "selective_scan": f"({_SCAN_INPUTS}, bool keep, str backend) -> (Tensor, Tensor)",
     # Gradients of absent inputs come back as empty tensors: a schema has no optional outputs.
     "selective_scan_backward": f"(Tensor d_out, {_SCAN_INPUTS}, Tensor states, str backend) -> Tensor[]",
+    "selective_scan_over_delta": (
+        "(Tensor u, Tensor(a!) delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
+        "bool delta_softplus, str backend) -> ()"
+    ),
     "conv1d_silu": "(Tensor x, Tensor weight, Tensor? bias, Tensor? order, str backend) -> Tensor",
     "conv1d_silu_backward": (
         "(Tensor d_out, Tensor x, Tensor weight, Tensor? bias, Tensor? order, str backend) -> Tensor[]"
@@ -37,9 +41,34 @@ def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_or
     """Step k reads u, delta, B, C at row input_order[k], and z and the output at row output_order[k]."""
     inputs = (u, delta, A, B, C, D, z, delta_bias)
     # Decided here and not by the backend, which runs below autograd and cannot know.
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    keep = _has_gradients(inputs)
     operator = getattr(torch.ops, NAMESPACE).selective_scan
     return operator(*inputs, delta_softplus, input_order, output_order, keep, backend)[0]
+
+
+def can_overwrite_delta(u, delta, A, B, C, D, z, delta_bias, backend: str) -> bool:
+    """Whether `selective_scan_over_delta` can stand for `selective_scan` without orders.
+
+    Not within torch.compile, which may have other uses for delta and would copy it.
+    """
+    return (
+        hasattr(BACKENDS[backend], "scan_over_delta")
+        and delta.dtype == u.dtype
+        and delta.is_contiguous()
+        and not _has_gradients((u, delta, A, B, C, D, z, delta_bias))
+        and not torch.compiler.is_compiling()
+    )
+
+
+def selective_scan_over_delta(u, delta, A, B, C, D, z, delta_bias, delta_softplus, backend) -> Tensor:
+    """delta, which holds the result then: without memory for one, which would come fresh from the system each time."""
+    operator = getattr(torch.ops, NAMESPACE).selective_scan_over_delta
+    operator(u, delta, A, B, C, D, z, delta_bias, delta_softplus, backend)
+    return delta
+
+
+def _has_gradients(inputs) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
 
 
 def conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor | None, order: Tensor | None, backend: str) -> Tensor:
@@ -57,6 +86,14 @@ def _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_order, outp
 def _scan_fake(u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_order, output_order, keep, backend):
     shape = BACKENDS[backend].states_shape(*u.shape, A.shape[1]) if keep else (0,)
     return torch.empty_like(u, memory_format=torch.contiguous_format), A.new_empty(shape)
+
+
+def _scan_over_delta(u, delta, A, B, C, D, z, delta_bias, delta_softplus, backend) -> None:
+    BACKENDS[backend].scan_over_delta(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+
+
+def _scan_over_delta_fake(*_arguments) -> None:
+    """It has no result of its own."""
 
 
 def _scan_backward(d_out, *arguments) -> list[Tensor]:
@@ -119,6 +156,7 @@ def _conv_autograd(ctx, d_out):
 _OPERATORS = {
     "selective_scan": (_scan, _scan_fake, _scan_setup, _scan_autograd),
     "selective_scan_backward": (_scan_backward, _scan_backward_fake, None, None),
+    "selective_scan_over_delta": (_scan_over_delta, _scan_over_delta_fake, None, None),
     "conv1d_silu": (_conv, _conv_fake, _conv_setup, _conv_autograd),
     "conv1d_silu_backward": (_conv_backward, _conv_backward_fake, None, None),
 }

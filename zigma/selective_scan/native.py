@@ -91,6 +91,16 @@ def scan_forward(
     return out, states
 
 
+def scan_over_delta(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> None:
+    """The output in place of delta (dense rows, the dtype of u), all read and written as they lie."""
+    u, B, C, z = (_dense_rows(t) for t in (u, B, C, z))
+    A, D, delta_bias = (_contiguous(t) for t in (A, D, delta_bias))
+    if delta.numel():
+        args = _scan_args(u, delta, A, B, C, D, z, delta_bias, delta_softplus, None, None, A.new_empty(0))
+        args.out = args.delta
+        native_library.load().call("scan_forward", args)
+
+
 def scan_backward(
     d_out, u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_order, output_order, states,
     library: NativeLibrary | None = None,

@@ -67,16 +67,20 @@ def selective_scan_gathered(
     delta_softplus: bool = True,
     order: Tensor | None = None,
     backend: str | None = None,
+    overwrite_delta: bool = False,
 ) -> Tensor:
     """`selective_scan` for u, delta, B and C that are already in scan order; z and the result are in raster order.
 
     What the Mamba mixer calls after `ordered_conv1d_silu`: the gather of z and the scatter of the result happen
     inside the kernel. Shapes, dtypes and errors as in `selective_scan`.
+
+    overwrite_delta: the caller needs delta no more, and the result may take its memory: it does in inference on the
+    native backend without an order.
     """
     _check_scan(u, delta, A, B, C, D, z, delta_bias)
     _check_order(order, u)
     name = select_backend(backend, u, delta, B, C, z)
-    return _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, None, order, name)
+    return _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, None, order, name, overwrite_delta)
 
 
 def ordered_conv1d_silu(
@@ -113,12 +117,17 @@ def ordered_conv1d_silu(
     return custom_ops.conv1d_silu(x, weight, bias, order, name)
 
 
-def _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_order, output_order, name: str) -> Tensor:
+def _scan(
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_order, output_order, name: str,
+    overwrite_delta: bool = False,
+) -> Tensor:  # fmt: skip
     A, D, delta_bias = (_parameter(u, t) for t in (A, D, delta_bias))
-    arguments = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_order, output_order)
+    inputs = (u, delta, A, B, C, D, z, delta_bias)
     if name == reference.NAME:  # which autograd sees through
-        return reference.scan(*arguments)
-    return custom_ops.selective_scan(*arguments, name)
+        return reference.scan(*inputs, delta_softplus, input_order, output_order)
+    if overwrite_delta and output_order is None and custom_ops.can_overwrite_delta(*inputs, name):
+        return custom_ops.selective_scan_over_delta(*inputs, delta_softplus, name)
+    return custom_ops.selective_scan(*inputs, delta_softplus, input_order, output_order, name)
 
 
 def _check_scan(u, delta, A, B, C, D, z, delta_bias) -> None:

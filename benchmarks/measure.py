@@ -122,7 +122,7 @@ def turns(
     """Milliseconds of each candidate in each of the rounds, in which all of them take their turn.
 
     A first round is not counted. `at_most` is for candidates that take long: so many rounds, and where that is below
-    3, no first one.
+    3, no first one. What a candidate has to `prepare` for each of its turns is not counted either.
     """
     at_most = at_most or {}
     times: dict[Any, list[float]] = {name: [] for name in candidates}
@@ -133,6 +133,8 @@ def turns(
             for name, run in candidates.items():
                 if number > at_most.get(name, rounds) or (number == 0 and at_most.get(name, 3) < 3):
                     continue
+                if prepare := getattr(run, "prepare", None):
+                    prepare()
                 start = clock()
                 run()
                 if number:

@@ -113,7 +113,7 @@ class SSM(nn.Module):
         u = ordered_conv1d_silu(x, weight, bias, order)  # from here on in scan order; z waits in raster order
         dt, B, C = x_proj(u).split(self.splits, dim=-1)
         delta, delta_bias, ours = self._step_sizes(dt_proj, dt)  # softplus follows inside the scan
-        A, D = -torch.exp(A_log.float().to(u.device)), D.float().to(u.device)
+        A, D = -torch.exp(A_log.to(u.device, torch.float32)), D.to(u.device, torch.float32)
         return selective_scan_gathered(u, delta, A, B, C, D, z, delta_bias, order=order, overwrite_delta=ours)
 
     def _step_sizes(self, dt_proj: nn.Module, dt: Tensor) -> tuple[Tensor, Tensor | None, bool]:

@@ -8,11 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from zigma import ZigMa, ZigMaConfig
-from zigma.selective_scan import available_backends, custom_ops, ordered_conv1d_silu, selective_scan
-from zigma.selective_scan.dispatch import BACKENDS
+from zigma.selective_scan import (
+    available_backends,
+    custom_ops,
+    ordered_conv1d_silu,
+    selective_scan,
+    selective_scan_gathered,
+)
 
+# torch's own use of it, when its tables of decompositions are read.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = {
     "text": {"has_text": True, "d_context": 12, "use_pe": 2},
@@ -56,24 +67,97 @@ def test_one_graph(name):
 @pytest.mark.parametrize("backend", [name for name in available_backends() if name != "reference"])
 def test_operators_obey_the_rules(backend):
     """Schema, shapes without data, autograd registration and tracing, as torch checks them."""
-    b, l, d, n = 2, 6, 5, 3
     g = torch.Generator().manual_seed(0)
-    sizes = ((b, l, d), (b, l, d), (d, n), (b, l, n), (b, l, n), (d,), (b, l, d), (d,))
-    inputs = [torch.randn(size, generator=g) for size in sizes]
-    inputs[2] = -inputs[2].exp()
+    leaves = [t.requires_grad_() for t in scan_inputs()]
+    l, d = leaves[0].shape[1:]
     operators, order = getattr(torch.ops, custom_ops.NAMESPACE), torch.randperm(l, generator=g)
-    leaves = [t.requires_grad_() for t in inputs]
     # Not "test_autograd_registration" of the states: they are no function to differentiate.
     checks = ("test_schema", "test_faketensor")
     for optional in (leaves, [*leaves[:5], None, None, None]):
         torch.library.opcheck(
             operators.selective_scan.default, (*optional, True, order, order, True, backend), test_utils=checks
         )
-    if hasattr(BACKENDS[backend], "scan_over_delta"):
-        operator = operators.selective_scan_over_delta.default
-        torch.library.opcheck(operator, (*(t.detach() for t in inputs), True, backend), test_utils=checks)
     conv = (leaves[0], torch.randn(d, 4, generator=g), None, order, backend)
     torch.library.opcheck(operators.conv1d_silu.default, conv)
+
+
+def scan_inputs(b=2, l=6, d=5, n=3):
+    g = torch.Generator().manual_seed(0)
+    sizes = ((b, l, d), (b, l, d), (d, n), (b, l, n), (b, l, n), (d,), (b, l, d), (d,))
+    inputs = [torch.randn(size, generator=g) for size in sizes]
+    inputs[2] = -inputs[2].exp()
+    return inputs
+
+
+class Seen(TorchDispatchMode):
+    """The names of this project's operators that run within."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == custom_ops.NAMESPACE:
+            self.names.append(func._opname)
+        return func(*args, **kwargs or {})
+
+
+def convolve_and_scan(u, *others):
+    weight = torch.ones(u.shape[2], 2)
+    return selective_scan_gathered(ordered_conv1d_silu(u, weight), *others, overwrite_delta=True)
+
+
+@torch.no_grad()
+def test_inference_calls_the_backend_at_once(monkeypatch):
+    """And gets the very bits that an operator gives, which somebody who looks at operators sees."""
+    u, delta, *others = scan_inputs()
+    with Seen() as seen:
+        want = convolve_and_scan(u, delta.clone(), *others)
+    assert seen.names == ["conv1d_silu", "selective_scan"]
+    monkeypatch.setattr(custom_ops, "NAMESPACE", "nowhere")
+    assert torch.equal(convolve_and_scan(u, delta.clone(), *others), want)
+    with torch.enable_grad(), pytest.raises(AttributeError):
+        convolve_and_scan(u.clone().requires_grad_(), delta.clone(), *others)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_who_traces_or_profiles_sees_the_operators():
+    inputs = scan_inputs()
+    names = [f"{custom_ops.NAMESPACE}{{}}{name}" for name in ("conv1d_silu", "selective_scan")]
+    drawn = [str(node.target) for node in make_fx(convolve_and_scan)(*inputs).graph.nodes]
+    traced = str(torch.jit.trace(convolve_and_scan, tuple(scan_inputs()), check_trace=False).graph)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        convolve_and_scan(*scan_inputs())
+    profiled = [event.key for event in profile.key_averages()]
+    for name in names:
+        assert name.format(".") + ".default" in drawn
+        assert name.format("::") in traced
+        assert name.format("::") in profiled
+    with FakeTensorMode() as mode:
+        fake = convolve_and_scan(*(mode.from_tensor(t) for t in inputs))
+    assert fake.shape == inputs[0].shape
+
+
+@pytest.mark.parametrize("backend", [name for name in available_backends() if name != "reference"])
+def test_a_tangent_is_refused(backend):
+    """In either kind of forward mode: an operator without a rule for it would drop it without a word."""
+    u, *others = scan_inputs()
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="use reverse mode"):
+        selective_scan(forward_ad.make_dual(u, u), *others, backend=backend)
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        torch.func.jvp(lambda x: selective_scan(x, *others, backend=backend), (u,), (u,))
+    with forward_ad.dual_level():
+        out = selective_scan(forward_ad.make_dual(u, u), *others, backend="reference")
+        assert forward_ad.unpack_dual(out).tangent is not None
+
+
+@torch.no_grad()
+def test_a_batch_of_torch_func_is_the_batch():
+    u, *others = scan_inputs()
+    want = torch.stack([convolve_and_scan(x, *(t.clone() for t in others)) for x in (u, 2 * u)])
+    got = torch.func.vmap(lambda x: convolve_and_scan(x, *others))(torch.stack([u, 2 * u]))
+    torch.testing.assert_close(got, want)
 
 
 def test_the_pack_may_be_loaded_twice():

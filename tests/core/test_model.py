@@ -17,7 +17,7 @@ from zigma.embedders import TimestepEmbedder
 from zigma.mixer import read_weights
 from zigma.model import ZigMa
 from zigma.scan_orders import inverse_order, scan_order
-from zigma.selective_scan import available_backends, custom_ops
+from zigma.selective_scan import available_backends, native
 
 TEXT = {"has_text": True, "d_context": 6}
 CONDITIONS = {"none": {}, "class": {"num_classes": 3}, "text": TEXT}
@@ -243,8 +243,8 @@ def test_what_a_hook_has_seen_of_the_step_sizes_stays(monkeypatch):
     """A scan may write its result over them, but not over what others keep."""
     model, kept = tiny(), []
     x, t, _ = inputs(model)
-    over = mock.Mock(wraps=custom_ops.selective_scan_over_delta)
-    monkeypatch.setattr(custom_ops, "selective_scan_over_delta", over)
+    over = mock.Mock(wraps=native.scan_over_delta)
+    monkeypatch.setattr(native, "scan_over_delta", over)
     plain = model(x, t)
     for block in model.blocks:
         block.mixer.dt_proj.register_forward_hook(lambda _layer, _inputs, out: kept.append((out, out.clone())))

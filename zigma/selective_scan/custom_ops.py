@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from .dispatch import BACKENDS
 from .orders import check_permutations
@@ -16,7 +18,7 @@ from .orders import check_permutations
 __all__ = ["conv1d_silu", "selective_scan"]
 
 # Raise the number when a schema below changes: an older copy of the pack in the process may have registered its own.
-NAMESPACE = "zigma_2"
+NAMESPACE = "zigma_1"
 
 _SCAN_INPUTS = (
     "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
@@ -26,10 +28,6 @@ SCHEMAS = {
     "selective_scan": f"({_SCAN_INPUTS}, bool keep, str backend) -> (Tensor, Tensor)",
     # Gradients of absent inputs come back as empty tensors: a schema has no optional outputs.
     "selective_scan_backward": f"(Tensor d_out, {_SCAN_INPUTS}, Tensor states, str backend) -> Tensor[]",
-    "selective_scan_over_delta": (
-        "(Tensor u, Tensor(a!) delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
-        "bool delta_softplus, str backend) -> ()"
-    ),
     "conv1d_silu": "(Tensor x, Tensor weight, Tensor? bias, Tensor? order, str backend) -> Tensor",
     "conv1d_silu_backward": (
         "(Tensor d_out, Tensor x, Tensor weight, Tensor? bias, Tensor? order, str backend) -> Tensor[]"
@@ -37,43 +35,75 @@ SCHEMAS = {
 }
 
 
-def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_order, output_order, backend) -> Tensor:
-    """Step k reads u, delta, B, C at row input_order[k], and z and the output at row output_order[k]."""
-    inputs = (u, delta, A, B, C, D, z, delta_bias)
-    # Decided here and not by the backend, which runs below autograd and cannot know.
-    keep = _has_gradients(inputs)
-    operator = getattr(torch.ops, NAMESPACE).selective_scan
-    return operator(*inputs, delta_softplus, input_order, output_order, keep, backend)[0]
+def selective_scan(
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_order, output_order, backend, overwrite_delta=False
+) -> Tensor:
+    """Step k reads u, delta, B, C at row input_order[k], and z and the output at row output_order[k].
 
-
-def can_overwrite_delta(u, delta, A, B, C, D, z, delta_bias, backend: str) -> bool:
-    """Whether `selective_scan_over_delta` can stand for `selective_scan` without orders.
-
-    Not within torch.compile, which may have other uses for delta and would copy it.
+    overwrite_delta: where nobody wants gradients and there are no orders, a backend may return delta, written over.
     """
-    return (
-        hasattr(BACKENDS[backend], "scan_over_delta")
-        and delta.dtype == u.dtype
-        and delta.is_contiguous()
-        and not _has_gradients((u, delta, A, B, C, D, z, delta_bias))
-        and not torch.compiler.is_compiling()
-    )
-
-
-def selective_scan_over_delta(u, delta, A, B, C, D, z, delta_bias, delta_softplus, backend) -> Tensor:
-    """delta, which holds the result then: without memory for one, which would come fresh from the system each time."""
-    operator = getattr(torch.ops, NAMESPACE).selective_scan_over_delta
-    operator(u, delta, A, B, C, D, z, delta_bias, delta_softplus, backend)
-    return delta
-
-
-def _has_gradients(inputs) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    inputs = (u, delta, A, B, C, D, z, delta_bias)
+    if operators_are_looked_at(*inputs):
+        # `keep` is decided here and not by the backend, which runs below autograd and cannot know.
+        operator, keep = getattr(torch.ops, NAMESPACE).selective_scan, _wanted(inputs)
+        return operator(*inputs, delta_softplus, input_order, output_order, keep, backend)[0]
+    module = BACKENDS[backend]
+    orderless = input_order is None and output_order is None
+    if overwrite_delta and orderless and hasattr(module, "scan_over_delta") and _has_place(delta, u):
+        module.scan_over_delta(*inputs, delta_softplus)
+        return delta
+    check_permutations(input_order, output_order)
+    return module.scan_forward(*inputs, delta_softplus, input_order, output_order, False)[0]
 
 
 def conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor | None, order: Tensor | None, backend: str) -> Tensor:
     """x (b, l, d) in raster order, weight (d, k) -> (b, l, d) in scan order."""
-    return getattr(torch.ops, NAMESPACE).conv1d_silu(x, weight, bias, order, backend)
+    if operators_are_looked_at(x, weight, bias):
+        return getattr(torch.ops, NAMESPACE).conv1d_silu(x, weight, bias, order, backend)
+    check_permutations(order)
+    return BACKENDS[backend].conv_forward(x, weight, bias, order)
+
+
+def operators_are_looked_at(*inputs: Tensor | None) -> bool:
+    """Whether anybody needs an operator to be one: autograd, a compiler, tracer, transform, mode or profiler.
+
+    Else the backend is called at once. The way through an operator takes some 40 us, and after matrix products, which
+    leave little of it in the caches, several times that: 5 % of a step of the demo model.
+    """
+    if torch.compiler.is_compiling() or _wanted(inputs):
+        return True
+    if any(t is not None and type(t) is not Tensor and type(t) is not Parameter for t in inputs):
+        return True  # fake tensors, distributed ones, quantized ones
+    try:
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(inputs)
+            return True
+        return (
+            torch._C._len_torch_dispatch_stack() > 0
+            or torch._C._functorch.peek_interpreter_stack() is not None
+            or torch._C._get_tracing_state() is not None
+            or torch.autograd._profiler_enabled()
+        )
+    except AttributeError:  # of another torch, which has these things under other names
+        return True
+
+
+def _refuse_tangents(inputs) -> None:
+    """An operator without a rule for them drops them without a word."""
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in inputs):
+        raise NotImplementedError(
+            "selective scan: got a tensor with a forward-mode tangent, expected none: use reverse mode "
+            "(torch.autograd.grad, torch.func.vjp) or backend='reference'"
+        )
+
+
+def _wanted(inputs) -> bool:
+    """Gradients, of any of the inputs."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+
+
+def _has_place(delta: Tensor, u: Tensor) -> bool:
+    return delta.dtype == u.dtype and delta.is_contiguous()
 
 
 def _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_order, output_order, keep, backend):
@@ -86,14 +116,6 @@ def _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_order, outp
 def _scan_fake(u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_order, output_order, keep, backend):
     shape = BACKENDS[backend].states_shape(*u.shape, A.shape[1]) if keep else (0,)
     return torch.empty_like(u, memory_format=torch.contiguous_format), A.new_empty(shape)
-
-
-def _scan_over_delta(u, delta, A, B, C, D, z, delta_bias, delta_softplus, backend) -> None:
-    BACKENDS[backend].scan_over_delta(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-
-
-def _scan_over_delta_fake(*_arguments) -> None:
-    """It has no result of its own."""
 
 
 def _scan_backward(d_out, *arguments) -> list[Tensor]:
@@ -156,7 +178,6 @@ def _conv_autograd(ctx, d_out):
 _OPERATORS = {
     "selective_scan": (_scan, _scan_fake, _scan_setup, _scan_autograd),
     "selective_scan_backward": (_scan_backward, _scan_backward_fake, None, None),
-    "selective_scan_over_delta": (_scan_over_delta, _scan_over_delta_fake, None, None),
     "conv1d_silu": (_conv, _conv_fake, _conv_setup, _conv_autograd),
     "conv1d_silu_backward": (_conv_backward, _conv_backward_fake, None, None),
 }

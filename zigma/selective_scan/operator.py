@@ -122,15 +122,34 @@ def _scan(
     overwrite_delta: bool = False,
 ) -> Tensor:  # fmt: skip
     A, D, delta_bias = (_parameter(u, t) for t in (A, D, delta_bias))
-    inputs = (u, delta, A, B, C, D, z, delta_bias)
+    arguments = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_order, output_order)
     if name == reference.NAME:  # which autograd sees through
-        return reference.scan(*inputs, delta_softplus, input_order, output_order)
-    if overwrite_delta and output_order is None and custom_ops.can_overwrite_delta(*inputs, name):
-        return custom_ops.selective_scan_over_delta(*inputs, delta_softplus, name)
-    return custom_ops.selective_scan(*inputs, delta_softplus, input_order, output_order, name)
+        return reference.scan(*arguments)
+    return custom_ops.selective_scan(*arguments, name, overwrite_delta)
 
 
 def _check_scan(u, delta, A, B, C, D, z, delta_bias) -> None:
+    if not _scan_fits(u, delta, A, B, C, D, z, delta_bias):
+        _explain_scan(u, delta, A, B, C, D, z, delta_bias)
+
+
+def _scan_fits(u, delta, A, B, C, D, z, delta_bias) -> bool:
+    """What `_explain_scan` asks, in a few comparisons: this runs for every layer of every step."""
+    shape, (d, n) = u.shape, A.shape if A.ndim == 2 else (0, 0)
+    narrow = (*shape[:2], n)
+    given = [t for t in (D, delta_bias) if t is not None]
+    rows = (delta,) if z is None else (delta, z)
+    return (
+        len(shape) == 3
+        and shape[2] == d
+        and all(t.shape == shape for t in rows)
+        and B.shape == C.shape == narrow
+        and all(t.shape == (d,) for t in given)
+        and all(t.device == u.device for t in (*rows, A, B, C, *given))
+    )
+
+
+def _explain_scan(u, delta, A, B, C, D, z, delta_bias) -> None:
     _check("u", u, "(b, l, d)", (None, None, None))
     b, l, d = u.shape
     _check("A", A, "(d, n)", (d, None))

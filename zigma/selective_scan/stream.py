@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .custom_ops import operators_are_looked_at
 from .dispatch import BACKENDS, select_backend
 from .orders import check_permutations
 
@@ -72,7 +73,9 @@ def add_norm(
         differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in given)
         if hasattr(module, "norm_backward") or not differentiable:
             check_permutations(gather)
-            return _AddNorm.apply(module, *arguments)
+            if operators_are_looked_at(*given):
+                return _AddNorm.apply(module, *arguments)
+            return module.norm_forward(*arguments)
     return composed(*arguments)
 
 

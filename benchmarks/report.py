@@ -70,7 +70,8 @@ def draw(reports: dict[str, Report], folder: Path, options: Options) -> None:
     matplotlib.use("Agg")
     rows = reports["scan"].data.get("forward", {})
     if rows:
-        names = [name for name in next(iter(rows.values())) if name not in ("exponentials", "sse2")]
+        hidden = ("exponentials", "sse2", *map(scan.in_mixer, measure.instruction_sets()))  # too close to others
+        names = [name for name in next(iter(rows.values())) if name not in hidden]
         curves = {_label(name): {int(l): 1000 * row[name] / int(l) for l, row in rows.items()} for name in names}
         floor = "exponentials alone"
         curves[floor] = {int(l): 1000 * row["exponentials"] / int(l) for l, row in rows.items()}

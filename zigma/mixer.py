@@ -112,13 +112,13 @@ class SSM(nn.Module):
         weight, bias = self._read_weights(conv1d, x)
         u = ordered_conv1d_silu(x, weight, bias, order)  # from here on in scan order; z waits in raster order
         dt, B, C = x_proj(u).split(self.splits, dim=-1)
-        delta, delta_bias, ours = self._step_sizes(dt_proj, dt)  # softplus follows inside the scan
+        delta, delta_bias = self._step_sizes(dt_proj, dt)  # softplus follows inside the scan
         A, D = -torch.exp(A_log.to(u.device, torch.float32)), D.to(u.device, torch.float32)
-        return selective_scan_gathered(u, delta, A, B, C, D, z, delta_bias, order=order, overwrite_delta=ours)
+        unseen = delta_bias is not None  # no layer was called for them, and no hook
+        return selective_scan_gathered(u, delta, A, B, C, D, z, delta_bias, order=order, overwrite_delta=unseen)
 
-    def _step_sizes(self, dt_proj: nn.Module, dt: Tensor) -> tuple[Tensor, Tensor | None, bool]:
-        """dt (b, l, r) -> step sizes (b, l, e) before softplus, their bias (e,) if the scan is to add it, and whether
-        nobody else has seen them.
+    def _step_sizes(self, dt_proj: nn.Module, dt: Tensor) -> tuple[Tensor, Tensor | None]:
+        """dt (b, l, r) -> step sizes (b, l, e) before softplus, and their bias (e,) if the scan is to add it.
 
         On a CPU torch writes the bias to all rows before the product: a pass over memory, where the scan adds it for
         nothing.
@@ -126,8 +126,8 @@ class SSM(nn.Module):
         if dt.device.type == "cpu" and is_plain(dt_proj, self._linear):
             weight, bias = self._read_weights(dt_proj, dt)
             rows = F.linear(dt.flatten(0, 1), weight)  # of three dimensions torch makes one product or several
-            return rows.unflatten(0, dt.shape[:2]), bias.float(), True
-        return dt_proj(dt.contiguous()), None, False  # contiguous, so that torch adds the bias within the product
+            return rows.unflatten(0, dt.shape[:2]), bias.float()
+        return dt_proj(dt.contiguous()), None  # contiguous, so that torch adds the bias within the product
 
     @torch.no_grad()
     def reset_ssm(self, config: ZigMaConfig) -> None:

@@ -45,11 +45,11 @@ def selective_scan(
     inputs = (u, delta, A, B, C, D, z, delta_bias)
     if operators_are_looked_at(*inputs):
         # `keep` is decided here and not by the backend, which runs below autograd and cannot know.
-        operator, keep = getattr(torch.ops, NAMESPACE).selective_scan, _wanted(inputs)
+        operator, keep = getattr(torch.ops, NAMESPACE).selective_scan, gradients_wanted(inputs)
         return operator(*inputs, delta_softplus, input_order, output_order, keep, backend)[0]
     module = BACKENDS[backend]
-    orderless = input_order is None and output_order is None
-    if overwrite_delta and orderless and hasattr(module, "scan_over_delta") and _has_place(delta, u):
+    has_place = delta.dtype == u.dtype and delta.is_contiguous() and input_order is None and output_order is None
+    if overwrite_delta and has_place and hasattr(module, "scan_over_delta"):
         module.scan_over_delta(*inputs, delta_softplus)
         return delta
     check_permutations(input_order, output_order)
@@ -70,7 +70,7 @@ def operators_are_looked_at(*inputs: Tensor | None) -> bool:
     Else the backend is called at once. The way through an operator takes some 40 us, and after matrix products, which
     leave little of it in the caches, several times that: 5 % of a step of the demo model.
     """
-    if torch.compiler.is_compiling() or _wanted(inputs):
+    if torch.compiler.is_compiling() or gradients_wanted(inputs):
         return True
     if any(t is not None and type(t) is not Tensor and type(t) is not Parameter for t in inputs):
         return True  # fake tensors, distributed ones, quantized ones
@@ -97,13 +97,9 @@ def _refuse_tangents(inputs) -> None:
         )
 
 
-def _wanted(inputs) -> bool:
-    """Gradients, of any of the inputs."""
+def gradients_wanted(inputs) -> bool:
+    """Of any of the inputs."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-
-
-def _has_place(delta: Tensor, u: Tensor) -> bool:
-    return delta.dtype == u.dtype and delta.is_contiguous()
 
 
 def _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_order, output_order, keep, backend):

@@ -129,27 +129,6 @@ def _scan(
 
 
 def _check_scan(u, delta, A, B, C, D, z, delta_bias) -> None:
-    if not _scan_fits(u, delta, A, B, C, D, z, delta_bias):
-        _explain_scan(u, delta, A, B, C, D, z, delta_bias)
-
-
-def _scan_fits(u, delta, A, B, C, D, z, delta_bias) -> bool:
-    """What `_explain_scan` asks, in a few comparisons: this runs for every layer of every step."""
-    shape, (d, n) = u.shape, A.shape if A.ndim == 2 else (0, 0)
-    narrow = (*shape[:2], n)
-    given = [t for t in (D, delta_bias) if t is not None]
-    rows = (delta,) if z is None else (delta, z)
-    return (
-        len(shape) == 3
-        and shape[2] == d
-        and all(t.shape == shape for t in rows)
-        and B.shape == C.shape == narrow
-        and all(t.shape == (d,) for t in given)
-        and all(t.device == u.device for t in (*rows, A, B, C, *given))
-    )
-
-
-def _explain_scan(u, delta, A, B, C, D, z, delta_bias) -> None:
     _check("u", u, "(b, l, d)", (None, None, None))
     b, l, d = u.shape
     _check("A", A, "(d, n)", (d, None))

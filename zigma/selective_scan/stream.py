@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .custom_ops import operators_are_looked_at
+from .custom_ops import gradients_wanted, operators_are_looked_at
 from .dispatch import BACKENDS, select_backend
 from .orders import check_permutations
 
@@ -70,8 +70,7 @@ def add_norm(
     arguments = (*stream, weight, bias, shift, scale, gather, eps, layer_norm, total, keep_norm)
     if hasattr(module, "norm_forward") and not torch.compiler.is_compiling():
         given = [t for t in arguments if isinstance(t, Tensor)]
-        differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in given)
-        if hasattr(module, "norm_backward") or not differentiable:
+        if hasattr(module, "norm_backward") or not gradients_wanted(given):
             check_permutations(gather)
             if operators_are_looked_at(*given):
                 return _AddNorm.apply(module, *arguments)

@@ -42,26 +42,61 @@ INLINE void convolve(int64_t width, const conv_job *job, const conv_place *at, i
     }
 }
 
-INLINE void conv_forward_vector(int64_t width, const conv_job *job, const conv_place *at, int64_t batch,
-                                int64_t channel, int64_t count, conv_steps *w) {
-    convolve(width, job, at, batch, channel, count, w);
-    for (int64_t k = 0; k < at->steps * LANES; k += LANES) {
-        vec p = vload(w->p + k);
-        vstore(w->p + k, p * vsigmoid(p, vload(w->e + k)));
+/* Forward takes the rows of a unit one step after the other, 512 bytes of each: the vectors of a step are independent of
+ * each other. Each row is read once, and kept for the k - 1 steps after it: the result may be written over x. */
+enum { CONV_AHEAD = 4 };
+typedef struct {
+    float x[CHUNK + ZS_MAX_CONV_WIDTH - 1][UNIT_CHANNELS];
+} conv_rows;
+
+/* before: the k - 1 rows before the chunk, and on return the last k - 1 of it. `next`: the first channel of the unit that
+ * comes after this one. */
+INLINE void convolve_unit(int64_t width, int plain, const conv_job *job, const conv_place *at, int64_t batch,
+                          int64_t first, int64_t channels, int64_t next, conv_rows *rows, float *before) {
+    const zs_conv_args *a = job->args;
+    const float *weight = job->weight_packed + first, *bias = job->bias_packed + first;
+    const int64_t *in = at->in + width - 1, padded = job->padded, steps = at->steps;
+    const int64_t from_type = a->x.dtype, to_type = a->out.dtype, size = from_type == ZS_F32 ? 4 : 2;
+    memcpy(rows->x, before, (size_t)(width - 1) * sizeof rows->x[0]);
+    for (int64_t k = 0; k < steps; k++) {
+        const int64_t later = k + CONV_AHEAD - steps;
+        const char *ahead = later < 0 ? address(&a->x, batch, in[k + CONV_AHEAD], first)
+                                      : address(&a->x, batch, in[min64(later, steps - 1)], next);
+        const void *from = address(&a->x, batch, in[k], first);
+        void *to = (void *)address(&a->out, batch, at->out[k], first);
+        for (int64_t c = 0; c < channels; c += LANES) {
+            vec x = plain ? vload((const float *)from + c) : vload_row(from, from_type, c, channels - c);
+            vec sum = vload(bias + c);
+            vprefetch(ahead + c * size);
+            vstore(rows->x[k + width - 1] + c, x);
+            for (int64_t j = 0; j < width - 1; j++)
+                sum = vfma(vload(rows->x[k + j] + c), vload(weight + j * padded + c), sum);
+            sum = vsilu(vfma(x, vload(weight + (width - 1) * padded + c), sum));
+            if (plain)
+                vstore((float *)to + c, sum);
+            else
+                vstore_row(to, to_type, c, channels - c, sum);
+        }
     }
-    store_steps(&job->args->out, batch, at->out, at->steps, channel, count, w->p);
+    memcpy(before, rows->x + at->steps, (size_t)(width - 1) * sizeof rows->x[0]);
 }
 
 static void conv_forward(const conv_job *job, int64_t batch, int64_t unit, int64_t units, float *workspace) {
     const zs_conv_args *a = job->args;
-    const int64_t first = unit * UNIT_CHANNELS, last = min64(a->channels, first + units * UNIT_CHANNELS);
+    const int64_t begin = unit * UNIT_CHANNELS, end = min64(a->channels, begin + units * UNIT_CHANNELS);
+    conv_rows *rows = (conv_rows *)workspace;
+    float *befores = (float *)(rows + 1); /* [unit][k - 1][UNIT_CHANNELS] */
+    memset(befores, 0, (size_t)((a->width - 1) * units * UNIT_CHANNELS) * sizeof(float));
     for (int64_t chunk = 0; chunk < (a->length + CHUNK - 1) / CHUNK; chunk++) {
-        conv_place at = enter_conv_chunk(a, chunk);
-        for (int64_t channel = first; channel < last; channel += LANES) {
-            if (a->width == 4)
-                conv_forward_vector(4, job, &at, batch, channel, a->channels - channel, (conv_steps *)workspace);
+        const conv_place at = enter_conv_chunk(a, chunk);
+        for (int64_t first = begin; first < end; first += UNIT_CHANNELS) {
+            const int64_t channels = min64(UNIT_CHANNELS, end - first);
+            const int64_t next = first + UNIT_CHANNELS < end ? first + UNIT_CHANNELS : begin;
+            float *before = befores + (first - begin) * (a->width - 1);
+            if (a->width == 4 && is_plain(&a->x) && is_plain(&a->out) && channels % LANES == 0)
+                convolve_unit(4, 1, job, &at, batch, first, channels, next, rows, before);
             else
-                conv_forward_vector(a->width, job, &at, batch, channel, a->channels - channel, (conv_steps *)workspace);
+                convolve_unit(a->width, 0, job, &at, batch, first, channels, next, rows, before);
         }
     }
 }
@@ -118,8 +153,8 @@ static void conv_backward(const conv_job *job, int64_t batch, int64_t unit, int6
 }
 
 static int64_t conv_workspace(const conv_job *job, int64_t units, int backward) {
-    int64_t steps = (int64_t)(sizeof(conv_steps) / sizeof(float));
-    return backward ? steps + (job->args->width - 1) * units * UNIT_CHANNELS : steps;
+    const size_t size = backward ? sizeof(conv_steps) : sizeof(conv_rows);
+    return (int64_t)(size / sizeof(float)) + (job->args->width - 1) * units * UNIT_CHANNELS;
 }
 
 #endif

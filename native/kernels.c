@@ -4,7 +4,25 @@
 
 #include "conv_kernel.h"
 #include "norm_kernel.h"
-#include "scan_kernel.h"
+#include "scan_backward.h"
+
+static void pack_A(scan_job *job) {
+    const int64_t n = job->args->states;
+    for (int64_t c = 0; c < job->args->channels; c++) {
+        const float *from = job->args->A + c * n;
+        float *to = job->A_packed + c / LANES * LANES * job->states + c % LANES;
+        for (int64_t i = 0; i < n; i++) to[i * LANES] = from[i] * LOG2E;
+    }
+    for (int64_t c = 0; c < job->padded; c += LANES) {
+        vec largest = vset(0.0f), poison = vset(0.0f); /* NaN where A is not finite, which vmax may lose */
+        for (int64_t i = 0; i < job->states; i++) {
+            const vec x = vload(job->A_packed + c * job->states + i * LANES);
+            largest = vmax(largest, vabs(x));
+            poison = poison + x * vset(0.0f);
+        }
+        vstore(job->dt_limit + c, vset(125.0f) / largest + poison);
+    }
+}
 
 static void exp2_array(const float *x, float *y, int64_t count) {
     for (int64_t i = 0; i < count; i += LANES)
@@ -23,6 +41,7 @@ static void exp2_bounded_array(const float *x, float *y, int64_t count) {
 const zs_kernels VARIANT = {
     .name = SIMD_NAME,
     .lanes = LANES,
+    .pack_A = pack_A,
     .scan_workspace = scan_workspace,
     .scan_forward = scan_forward,
     .scan_backward = scan_backward,

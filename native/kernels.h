@@ -15,7 +15,8 @@ typedef struct {
     int64_t units, chunks;          /* units per batch entry; chunks of the sequence */
     int64_t padded, states;         /* channels and states rounded up to whole vectors and blocks */
     float *A_packed;                /* [padded / lanes][states][lanes], times log2(e) */
-    float *dt_limit;                /* [padded]: |dt| below it gives |dt A log2(e)| < 125 for all states */
+    float *dt_limit;                /* [padded]: |dt| below it gives |dt A log2(e)| < 125 for all states;
+                                     * NaN, which nothing is below, where A is not finite */
     float *BC_partial;              /* [b][units][l][2][n], sums over the channels of one unit */
     float *A_partial;               /* [b][padded / lanes][states][lanes] */
     float *D_partial, *bias_partial; /* [b][padded] */
@@ -31,6 +32,8 @@ typedef struct {
 typedef struct {
     const char *name;
     int64_t lanes; /* channels per vector */
+    /* Fills A_packed, given as zeros, and dt_limit. */
+    void (*pack_A)(scan_job *);
     /* Units `unit` to `unit + units - 1`, as far as there are that many; workspaces in floats per thread */
     int64_t (*scan_workspace)(const scan_job *, int64_t units, int backward);
     void (*scan_forward)(const scan_job *, int64_t batch, int64_t unit, int64_t units, float *workspace);

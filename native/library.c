@@ -1,7 +1,5 @@
 /* Entry points of the native library: checks, threads, packing of the parameters and the final sums over units. */
 
-#include <float.h>
-#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -13,7 +11,6 @@
 #else
 #define EXPORT __attribute__((visibility("default")))
 #endif
-#define LOG2E 1.44269504088896341f
 
 EXPORT int64_t zs_abi_version(void) { return ZS_ABI_VERSION; }
 
@@ -27,10 +24,12 @@ EXPORT const char *zs_instruction_set(const char *name) {
     return kernels ? kernels->name : NULL;
 }
 
+/* bounded: how many times to compute it as for |x| < 125; 0 is once, for any x. */
 EXPORT int64_t zs_exp2(const char *instruction_set, const float *x, float *y, int64_t count, int64_t bounded) {
     const zs_kernels *kernels = find_kernels(instruction_set);
     if (!kernels) return ZS_UNSUPPORTED;
-    (bounded ? kernels->exp2_bounded : kernels->exp2)(x, y, count);
+    if (!bounded) kernels->exp2(x, y, count);
+    for (int64_t time = 0; time < bounded; time++) kernels->exp2_bounded(x, y, count);
     return ZS_OK;
 }
 
@@ -168,23 +167,6 @@ static void sum_parameters(const scan_run *run) {
     }
 }
 
-/* A in the kernels' order, and what dt may be for all of a channel's exponents to stay below 125: 0 if A is not
- * finite. */
-static void pack_A(scan_job *job, int64_t lanes) {
-    const zs_scan_args *a = job->args;
-    for (int64_t c = 0; c < a->channels; c++) {
-        const float *from = a->A + c * a->states;
-        float *to = job->A_packed + c / lanes * lanes * job->states + c % lanes, largest = 0;
-        for (int64_t i = 0; i < a->states; i++) {
-            const float x = from[i] * LOG2E, magnitude = fabsf(x);
-            to[i * lanes] = x;
-            if (!(magnitude <= largest)) largest = magnitude <= FLT_MAX ? magnitude : INFINITY;
-        }
-        job->dt_limit[c] = 125 / largest;
-    }
-    for (int64_t c = a->channels; c < job->padded; c++) job->dt_limit[c] = INFINITY;
-}
-
 static int64_t scan_threads(const zs_scan_args *a) {
     return zs_useful_threads(a->threads, a->batch * a->length * a->channels * a->states);
 }
@@ -206,7 +188,7 @@ static int open_scan(scan_run *run, const zs_scan_args *a, const char *instructi
     job->A_packed = zeros(job->padded * (job->states + 1));
     if (!job->A_packed) return ZS_NO_MEMORY;
     job->dt_limit = job->A_packed + job->padded * job->states;
-    pack_A(job, lanes);
+    run->kernels->pack_A(job);
     return ZS_OK;
 }
 

@@ -10,6 +10,10 @@ INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t row_offset(const zs_rows *t, int64_t batch, int64_t row) {
     return batch * t->batch_stride + row * t->row_stride;
 }
+INLINE const char *address(const zs_rows *t, int64_t batch, int64_t row, int64_t channel) {
+    return (const char *)t->data + (row_offset(t, batch, row) + channel) * (t->dtype == ZS_F32 ? 4 : 2);
+}
+
 /* One vector of channels of each row of the chunk, as float [step][LANES]. The next vector is asked for at the same
  * time: rows far apart and taken a vector at a time are a pattern that no hardware prefetcher follows. */
 INLINE void load_steps(const zs_rows *t, int64_t batch, const int64_t *rows, int64_t steps, int64_t channel,

@@ -22,6 +22,7 @@ from zigma.selective_scan import (
     dispatch,
     native,
     native_library,
+    ordered_conv1d_silu,
     selective_scan,
     selective_scan_gathered,
 )
@@ -179,6 +180,66 @@ def test_delta_is_left_alone(library, why):
     got = selective_scan_gathered(u, delta, *others, **options, overwrite_delta=True)
     assert torch.equal(got, selective_scan_gathered(u, delta, *others, **options))
     assert torch.equal(delta, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("instruction_set", native_library.INSTRUCTION_SETS)
+@torch.no_grad()
+def test_the_convolution_may_take_the_place_of_its_input(library, monkeypatch, instruction_set, dtype):
+    """Bit for bit the same, in half of a wider tensor whose other half stays, whatever the sizes are."""
+    if instruction_set not in library.instruction_sets():
+        pytest.skip(f"NOT TESTED: {instruction_set}, which this CPU lacks")
+    monkeypatch.setattr(library, "instruction_set", instruction_set)
+    g = torch.Generator().manual_seed(0)
+    for b, l, d, width in ((1, 1, 1, 4), (2, 37, 21, 3), (1, 2, 300, 16), (2, 48, 256, 4), (1, 5, 9, 1), (0, 4, 4, 2)):
+        wide = torch.randn(b, l, 2 * d, generator=g).to(dtype)
+        weight, bias = torch.randn(d, width, generator=g), torch.randn(d, generator=g)
+        for given in (bias, None):
+            (x, rest), before = wide.clone().chunk(2, dim=-1), wide[..., d:]
+            want = ordered_conv1d_silu(x, weight, given, backend="native")
+            got = ordered_conv1d_silu(x, weight, given, backend="native", overwrite_x=True)
+            assert torch.equal(got, want)
+            assert got.data_ptr() == x.data_ptr()
+            assert torch.equal(rest, before)
+
+
+@pytest.mark.parametrize("why", ["order", "gradients", "rows that share memory", "columns apart", "torch", "not asked"])
+def test_the_input_of_a_convolution_is_left_alone(library, why):
+    """Where the result cannot take its place, allowed or not."""
+    g = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, 20, 24, generator=g), torch.randn(24, 4, generator=g)
+    options = {"backend": "torch" if why == "torch" else "native", "order": None}
+    if why == "order":
+        options["order"] = torch.randperm(20, generator=g)
+    elif why == "gradients":
+        x.requires_grad_()
+    elif why == "rows that share memory":
+        x = x[:, :1].expand(-1, 20, -1)
+    elif why == "columns apart":
+        x = x.transpose(1, 2).contiguous().transpose(1, 2)
+    before = x.detach().clone()
+    got = ordered_conv1d_silu(x, weight, **options, overwrite_x=why != "not asked")
+    assert torch.equal(got, ordered_conv1d_silu(before, weight, **options))
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("instruction_set", native_library.INSTRUCTION_SETS)
+@torch.no_grad()
+def test_an_A_that_is_not_finite_stays_in_its_channel(library, monkeypatch, instruction_set, bad):
+    if instruction_set not in library.instruction_sets():
+        pytest.skip(f"NOT TESTED: {instruction_set}, which this CPU lacks")
+    monkeypatch.setattr(library, "instruction_set", instruction_set)
+    u, delta, A, *others = draw_inputs(1, 40, 33, 5)
+    want = selective_scan(u, delta, A, *others, backend="reference")
+    for channel, state in ((0, 0), (17, 4), (32, 2)):
+        spoiled = A.clone()
+        spoiled[channel, state] = bad
+        got = selective_scan(u, delta, spoiled, *others, backend="native")
+        rest = torch.arange(33) != channel
+        torch.testing.assert_close(got[..., rest], want[..., rest], rtol=2e-5, atol=2e-5)
+        if bad != -torch.inf:  # exp(-inf) = 0 is a state without memory
+            assert not got[..., channel].isfinite().all()
 
 
 @pytest.mark.parametrize("instruction_set", native_library.INSTRUCTION_SETS)

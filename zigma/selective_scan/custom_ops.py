@@ -56,12 +56,27 @@ def selective_scan(
     return module.scan_forward(*inputs, delta_softplus, input_order, output_order, False)[0]
 
 
-def conv1d_silu(x: Tensor, weight: Tensor, bias: Tensor | None, order: Tensor | None, backend: str) -> Tensor:
-    """x (b, l, d) in raster order, weight (d, k) -> (b, l, d) in scan order."""
+def conv1d_silu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, order: Tensor | None, backend: str, overwrite_x: bool = False
+) -> Tensor:
+    """x (b, l, d) in raster order, weight (d, k) -> (b, l, d) in scan order.
+
+    overwrite_x: where nobody wants gradients and there is no order, a backend may return x, written over.
+    """
     if operators_are_looked_at(x, weight, bias):
         return getattr(torch.ops, NAMESPACE).conv1d_silu(x, weight, bias, order, backend)
+    module = BACKENDS[backend]
+    if overwrite_x and order is None and _rows_lie_apart(x) and hasattr(module, "conv_over_x"):
+        module.conv_over_x(x, weight, bias)
+        return x
     check_permutations(order)
-    return BACKENDS[backend].conv_forward(x, weight, bias, order)
+    return module.conv_forward(x, weight, bias, order)
+
+
+def _rows_lie_apart(x: Tensor) -> bool:
+    """Whether each row of x (b, l, d) is dense, and no two share memory, as they do in an expanded tensor."""
+    (b, l, d), (sheet, row, column) = x.shape, x.stride()
+    return column == 1 and (l == 1 or row >= d) and (b == 1 or sheet >= (l - 1) * row + d)
 
 
 def operators_are_looked_at(*inputs: Tensor | None) -> bool:

@@ -149,6 +149,15 @@ def conv_forward(x: Tensor, weight: Tensor, bias, order) -> Tensor:
     return out
 
 
+def conv_over_x(x: Tensor, weight: Tensor, bias) -> None:
+    """The result in place of x, whose rows are dense and do not overlap, read as they lie."""
+    if x.numel():
+        weight, bias = _contiguous(weight), _contiguous(bias)
+        args = _conv_args(x, weight, bias, None)
+        args.out = args.x
+        native_library.load().call("conv_forward", args)
+
+
 def conv_backward(d_out, x, weight, bias, order) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients for x, weight and bias."""
     d_out, x = _dense_rows(d_out), _dense_rows(x)

@@ -84,7 +84,12 @@ def selective_scan_gathered(
 
 
 def ordered_conv1d_silu(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, order: Tensor | None = None, backend: str | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    order: Tensor | None = None,
+    backend: str | None = None,
+    overwrite_x: bool = False,
 ) -> Tensor:
     """SiLU of a depthwise causal convolution over the tokens read in `order`.
 
@@ -95,6 +100,8 @@ def ordered_conv1d_silu(
         weight: (d, 1, k) as in a depthwise nn.Conv1d, or (d, k).
         bias: (d,) or None.
         order, backend: as in `selective_scan`.
+        overwrite_x: the caller needs x no more, and the result may take its memory: it does in inference on the
+            native backend without an order.
 
     Returns:
         (b, l, d) in scan order, in the dtype of x.
@@ -114,7 +121,7 @@ def ordered_conv1d_silu(
     weight, bias = (_parameter(x, t) for t in (weight, bias))
     if name == reference.NAME:
         return reference.conv1d_silu(x, weight, bias, order)
-    return custom_ops.conv1d_silu(x, weight, bias, order, name)
+    return custom_ops.conv1d_silu(x, weight, bias, order, name, overwrite_x)
 
 
 def _scan(

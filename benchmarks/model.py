@@ -117,25 +117,27 @@ def training(report: Report, options: Options) -> None:
 
 def bfloat16(report: Report, options: Options) -> None:
     able = bool(measure.cpu_flags() & BF16_FLAGS)
-    l = 1024 if able and not options.quick else 256
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    made = {name: Step(l, FEW, dtype=dtype) for name, dtype in kinds.items()}
-    candidates = {("step", name): step.infer for name, step in made.items()}
-    candidates |= {("GEMMs", name): step.products() for name, step in made.items()}
-    times = measure.medians(candidates, options.fewer(5 if able else 2))
-    cells = [[what, *(f"{times[what, name]:.0f}" for name in kinds),
-              f"{times[what, 'float32'] / times[what, 'bfloat16']:.2f}×"] for what in ("step", "GEMMs")]  # fmt: skip
+    cells = []
+    for l in (1024, 4096) if able and not options.quick else (256,):
+        kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+        made = {name: Step(l, FEW, dtype=dtype) for name, dtype in kinds.items()}
+        candidates = {("step", name): step.infer for name, step in made.items()}
+        candidates |= {("GEMMs", name): step.products() for name, step in made.items()}
+        times = measure.medians(candidates, options.fewer(5 if able else 2))
+        ratios = {what: times[what, "float32"] / times[what, "bfloat16"] for what in ("step", "GEMMs")}
+        for what, ratio in ratios.items():
+            cells.append([f"{l} tokens, {what}", *(f"{times[what, name]:.0f}" for name in kinds), f"{ratio:.2f}×"])
+        asked = (None, None) if l == 1024 else (2, 3)
+        report.held.append(
+            Held(f"step in float32 / in bfloat16, {l} tokens", ratios["step"] if able else None, *asked,
+                 at_least=True, limit=ratios["GEMMs"] if able else None, form="{:.1f}×",
+                 note="" if able else "this CPU has no instructions for it")
+        )  # fmt: skip
     has = "has" if able else "has no"
     report.table(
-        "bfloat16", [f"{l} tokens, {FEW} blocks", *kinds, "float32 / bfloat16"], cells,
+        "bfloat16", [f"{FEW} blocks, without text", "float32", "bfloat16", "float32 / bfloat16"], cells,
         f"CPU milliseconds. This CPU {has} instructions for bfloat16 products"
         + ("." if able else ", so that it spends more on them than on float32: use float32 on such a CPU."),
-    )  # fmt: skip
-    step, products = (times[what, "float32"] / times[what, "bfloat16"] for what in ("step", "GEMMs"))
-    note = "" if able else "this CPU has no instructions for it"
-    report.held.append(
-        Held(f"step in float32 / in bfloat16, {l} tokens", step if able else None, 2, 3, at_least=True,
-             limit=products if able else None, form="{:.1f}×", note=note)
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .config import ZigMaConfig
+from .scratch import Scratch
 from .selective_scan import ordered_conv1d_silu, selective_scan_gathered
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Mamba",
     "at_least_float32",
     "is_plain",
+    "project",
     "read_weights",
 ]
 
@@ -45,7 +47,18 @@ def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
 
     Only then may its weights be read in place of the call. Adapters do all three.
     """
-    return type(layer) is kind and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or _hooks_of_all_modules()
+    return type(layer) is kind and not (hooked or "forward" in vars(layer))
+
+
+_hooks_of_all_modules = getattr(nn.modules.module, "_has_any_global_hook", lambda: False)
+
+
+def project(layer: nn.Module, x: Tensor, like: nn.Module, scratch: Scratch | None, name: str | None = None) -> Tensor:
+    """layer(x), in the scratch memory if calling it does no more than that; `like` knows the layers' kind."""
+    if scratch is None or not is_plain(layer, like._linear):
+        return layer(x)
+    return scratch.linear(x, *like._read_weights(layer, x), name=name)
 
 
 # Of an SSM, by the last part of their keys.
@@ -98,9 +111,19 @@ class SSM(nn.Module):
                 parameter.data = value.to(parameter.device, at_least_float32(parameter.dtype))
         return self
 
-    def scan(self, x: Tensor, z: Tensor, order: Tensor | None = None) -> Tensor:
-        """x, z (b, l, e) in raster order -> y * silu(z) (b, l, e) in raster order; None reads them as they lie."""
-        y = self._scan(x, z, order, self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
+    def scan(
+        self, x: Tensor, z: Tensor, order: Tensor | None = None, overwrite_x: bool = False,
+        scratch: Scratch | None = None,
+    ) -> Tensor:  # fmt: skip
+        """x, z (b, l, e) in raster order -> y * silu(z) (b, l, e) in raster order; None reads them as they lie.
+
+        overwrite_x: the caller needs x no more, and its memory may be used.
+        scratch: memory to use, also for the result.
+        """
+        if self.bidirectional:  # the second direction reads x again, and adds to the result of the first
+            overwrite_x, scratch = False, None
+        layers = (self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
+        y = self._scan(x, z, order, *layers, overwrite_x, scratch)
         if self.bidirectional:
             backwards = torch.arange(x.shape[1] - 1, -1, -1, device=x.device) if order is None else order.flip(0)
             y = y + self._scan(
@@ -108,16 +131,17 @@ class SSM(nn.Module):
             )  # fmt: skip
         return y
 
-    def _scan(self, x, z, order, conv1d, x_proj, dt_proj, A_log, D) -> Tensor:
+    def _scan(self, x, z, order, conv1d, x_proj, dt_proj, A_log, D, overwrite_x=False, scratch=None) -> Tensor:
         weight, bias = self._read_weights(conv1d, x)
-        u = ordered_conv1d_silu(x, weight, bias, order)  # from here on in scan order; z waits in raster order
+        # From here on in scan order; z waits in raster order.
+        u = ordered_conv1d_silu(x, weight, bias, order, overwrite_x=overwrite_x)
         dt, B, C = x_proj(u).split(self.splits, dim=-1)
-        delta, delta_bias = self._step_sizes(dt_proj, dt)  # softplus follows inside the scan
+        delta, delta_bias = self._step_sizes(dt_proj, dt, scratch)  # softplus follows inside the scan
         A, D = -torch.exp(A_log.to(u.device, torch.float32)), D.to(u.device, torch.float32)
         unseen = delta_bias is not None  # no layer was called for them, and no hook
         return selective_scan_gathered(u, delta, A, B, C, D, z, delta_bias, order=order, overwrite_delta=unseen)
 
-    def _step_sizes(self, dt_proj: nn.Module, dt: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _step_sizes(self, dt_proj: nn.Module, dt: Tensor, scratch: Scratch | None) -> tuple[Tensor, Tensor | None]:
         """dt (b, l, r) -> step sizes (b, l, e) before softplus, and their bias (e,) if the scan is to add it.
 
         On a CPU torch writes the bias to all rows before the product: a pass over memory, where the scan adds it for
@@ -125,6 +149,8 @@ class SSM(nn.Module):
         """
         if dt.device.type == "cpu" and is_plain(dt_proj, self._linear):
             weight, bias = self._read_weights(dt_proj, dt)
+            if scratch is not None:
+                return scratch.linear(dt, weight, name="step sizes"), bias.float()
             rows = F.linear(dt.flatten(0, 1), weight)  # of three dimensions torch makes one product or several
             return rows.unflatten(0, dt.shape[:2]), bias.float()
         return dt_proj(dt.contiguous()), None  # contiguous, so that torch adds the bias within the product
@@ -169,16 +195,26 @@ class Mamba(SSM):
         else:
             super().__init__(config, operations=operations, **options)
         d, e = config.embed_dim, config.d_inner
+        self._linear, self._read_weights = operations.Linear, getattr(operations, "read_weights", read_weights)
         self.in_proj = operations.Linear(d, 2 * e, bias=config.bias, **options)
         self.out_proj = operations.Linear(e, d, bias=config.bias, **options)
 
-    def forward(self, tokens: Tensor, order: Tensor | None = None, ssm: SSM | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, order: Tensor | None = None, ssm: SSM | None = None, scratch: Scratch | None = None
+    ) -> Tensor:
         """tokens (b, l, d) in raster order, order (l,): order[k] is the token read at step k; ssm: the shared one.
 
         Without an order the tokens are read as they lie: the model brings them in scan order (layer_scans.py).
+        scratch: what the model's layers share.
         """
-        x, z = self.in_proj(tokens).chunk(2, dim=-1)
-        return self.out_proj((ssm or self).scan(x, z, order))
+        ssm, scratch = ssm or self, scratch or Scratch.for_inference(tokens)
+        if scratch is not None and not all(
+            is_plain(layer, self._linear) for layer in (self.in_proj, ssm.x_proj, self.out_proj)
+        ):
+            scratch = None  # a hook may keep what it is shown, or an adapter: then the memory stays as it is
+        x, z = project(self.in_proj, tokens, self, scratch, "x and z").chunk(2, dim=-1)
+        y = ssm.scan(x, z, order, overwrite_x=scratch is not None, scratch=scratch)
+        return project(self.out_proj, y, self, scratch)
 
     @torch.no_grad()
     def reset_parameters(self, config: ZigMaConfig) -> None:
@@ -204,8 +240,10 @@ class Attention(nn.Module):
         self.qkv = operations.Linear(d, 3 * d, **options)
         self.proj = operations.Linear(d, d, **options)
 
-    def forward(self, tokens: Tensor, order: Tensor | None = None, ssm: SSM | None = None) -> Tensor:
-        """tokens (b, l, d); the order and the SSM of other mixers are not looked at."""
+    def forward(
+        self, tokens: Tensor, order: Tensor | None = None, ssm: SSM | None = None, scratch: Scratch | None = None
+    ) -> Tensor:
+        """tokens (b, l, d); what other mixers need is not looked at."""
         q, k, v = rearrange(self.qkv(tokens), "b l (three h c) -> three b h l c", three=3, h=self.heads)
         return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h l c -> b l (h c)"))
 
@@ -226,6 +264,7 @@ class CrossAttention(nn.Module):
     def __init__(self, embed_dim: int, *, operations=nn, device=None, dtype=None) -> None:
         super().__init__()
         inner, options = self.HEADS * self.HEAD_DIM, {"device": device, "dtype": dtype}
+        self._linear, self._read_weights = operations.Linear, getattr(operations, "read_weights", read_weights)
         self.to_q = operations.Linear(embed_dim, inner, bias=False, **options)
         self.to_k = operations.Linear(embed_dim, inner, bias=False, **options)
         self.to_v = operations.Linear(embed_dim, inner, bias=False, **options)
@@ -237,12 +276,13 @@ class CrossAttention(nn.Module):
         k, v = (rearrange(p(context), "b m (h c) -> b h m c", h=self.HEADS) for p in (self.to_k, self.to_v))
         return k, v
 
-    def forward(self, tokens: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, tokens: Tensor, keys_values: tuple[Tensor, Tensor], scratch: Scratch | None = None) -> Tensor:
         """tokens (b, l, d) -> (b, l, d)."""
-        q, (k, v) = rearrange(self.to_q(tokens), "b l (h c) -> b h l c", h=self.HEADS), keys_values
+        q, (k, v) = project(self.to_q, tokens, self, scratch, "queries"), keys_values
+        q = rearrange(q, "b l (h c) -> b h l c", h=self.HEADS)
         if torch.is_grad_enabled() and q.device.type == "cpu":
             # The fused attention's backward on a CPU took a third of a training step at 64 tokens.
             mixed = torch.softmax(q @ k.transpose(-1, -2) * self.HEAD_DIM**-0.5, dim=-1).to(v.dtype) @ v
         else:
             mixed = F.scaled_dot_product_attention(q, k, v)
-        return self.to_out[0](rearrange(mixed, "b h l c -> b l (h c)"))
+        return project(self.to_out[0], rearrange(mixed, "b h l c -> b l (h c)"), self, scratch)

@@ -27,6 +27,7 @@ from .embedders import FinalLayer, LabelEmbedder, PatchEmbed, TimestepEmbedder, 
 from .layer_scans import LayerScan, relative_scans
 from .mixer import SSM, Attention, CrossAttention, Mamba, read_weights
 from .scan_orders import LayerSchedule, is_order
+from .scratch import Scratch
 from .selective_scan import Stream, add_norm, gather_rows
 
 __all__ = ["Condition", "ZigMa"]
@@ -140,11 +141,12 @@ class ZigMa(nn.Module):
         asked = [None] * config.depth if condition is None else condition.keys_values
 
         stream, ssm = Stream(tokens), self.ssm if config.share_ssm else None
+        scratch = Scratch.for_inference(tokens)
         for block, keys_values, scan in zip(self.blocks, asked, scans, strict=True):
             if config.use_checkpoint and torch.is_grad_enabled():
                 stream = checkpoint(block, stream, c, keys_values, scan, ssm, use_reentrant=False)
             else:
-                stream = block(stream, c, keys_values, scan, ssm)
+                stream = block(stream, c, keys_values, scan, ssm, scratch)
         stream = drop_path(stream, config.drop_path_rate, self.training)
         weight, bias = self._read_weights(self.norm_f, like_norms(tokens))
         _, tokens, _ = add_norm(
@@ -351,7 +353,7 @@ class Block(nn.Module):
 
     def forward(
         self, stream: Stream, c: Tensor, keys_values: tuple[Tensor, Tensor] | None, scan: LayerScan,
-        ssm: SSM | None = None,
+        ssm: SSM | None = None, scratch: Scratch | None = None,
     ) -> Stream:  # fmt: skip
         """stream of (b, l, d), c = silu(condition) (b, d), text as keys and values; returns in this layer's order."""
         shift, scale, gate, *text = self.adaLN_modulation(c).unsqueeze(1).chunk(3 if self.msa is None else 6, dim=-1)
@@ -360,18 +362,18 @@ class Block(nn.Module):
             drop_path(stream, self.drop, self.training), weight, bias, eps=self._eps, layer_norm=self._layer_norm,
             modulation=(shift, scale), gather=scan.gather, total=torch.float32,
         )  # fmt: skip
-        mixed = self._mix(tokens, scan, ssm)
+        mixed = self._mix(tokens, scan, ssm, scratch)
         if self.msa is None:
             return Stream(u, mixed, gate, residual)
         shift, scale, gate_text = text
         h, _, tokens = add_norm(
             Stream(u, mixed, gate), eps=1e-6, layer_norm=True, modulation=(shift, scale), total=u.dtype, keep_norm=False
         )  # fmt: skip
-        return Stream(h, self.msa(tokens, keys_values), gate_text, residual)
+        return Stream(h, self.msa(tokens, keys_values, scratch), gate_text, residual)
 
-    def _mix(self, tokens: Tensor, scan: LayerScan, ssm: SSM | None) -> Tensor:
+    def _mix(self, tokens: Tensor, scan: LayerScan, ssm: SSM | None, scratch: Scratch | None = None) -> Tensor:
         """The mixer along each segment of the rows, as they lie; (b, l, d) -> (b, l, d)."""
-        mixed = self.mixer(rearrange(tokens, "b (s l) d -> (b s) l d", s=scan.segments), None, ssm)
+        mixed = self.mixer(rearrange(tokens, "b (s l) d -> (b s) l d", s=scan.segments), None, ssm, scratch)
         mixed = rearrange(mixed, "(b s) l d -> b (s l) d", s=scan.segments)
         return mixed if scan.store is None else gather_rows(mixed, scan.store)
 

@@ -1,0 +1,146 @@
+"""Laws of the memory that layers share in inference: the same results, and nothing that others have seen changes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from zigma.config import ZigMaConfig
+from zigma.model import ZigMa
+from zigma.scratch import Scratch
+from zigma.selective_scan import native
+
+KINDS = {
+    "plain": {},
+    "text": {"has_text": True, "d_context": 6, "n_context_token": 5},
+    "one SSM": {"share_ssm": True},
+    "two directions": {"scan_type": "v2"},
+    "biases": {"bias": True},
+    "video": {"video_frames": 3, "scan_type": "zzvideo_sst"},
+}
+
+pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason="NOT TESTED: no native kernel on this machine")
+
+
+def model_and_inputs(kind: str, dtype: torch.dtype = torch.float32, batch: int = 2):
+    torch.manual_seed(0)
+    fields = {"in_channels": 3, "embed_dim": 16, "depth": 4, "img_dim": (4, 6), "use_pe": 2, **KINDS[kind]}
+    model = ZigMa(ZigMaConfig(**fields), dtype=dtype).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.endswith(("A_log", "A_b_log")):
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    frames = (3,) if kind == "video" else ()
+    x = torch.randn(batch, *frames, 3, 4, 6, dtype=dtype)
+    y = torch.randn(batch, 5, 6, dtype=dtype) if kind == "text" else None
+    return model, (x, torch.rand(batch, dtype=dtype), y)
+
+
+def without_scratch(monkeypatch, model, inputs):
+    with monkeypatch.context() as patch:
+        patch.setattr(Scratch, "for_inference", classmethod(lambda cls, *_: None))
+        return model(*inputs)
+
+
+def taken(monkeypatch) -> list:
+    """Names of the pieces as they are taken from now on."""
+    names, take = [], Scratch._take
+    monkeypatch.setattr(Scratch, "_take", lambda self, name, *rest: names.append(name) or take(self, name, *rest))
+    return names
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_model_gives_what_it_gives_without(monkeypatch, kind, dtype):
+    model, inputs = model_and_inputs(kind, dtype)
+    want = without_scratch(monkeypatch, model, inputs)
+    names = taken(monkeypatch)
+    got = model(*inputs)
+    assert names
+    torch.testing.assert_close(
+        got, want, rtol=0 if dtype == torch.float32 else None, atol=1e-6 if dtype == torch.float32 else None
+    )
+    assert torch.equal(model(*inputs), got)
+
+
+LAYERS = [
+    *("blocks.1.mixer", "blocks.1.mixer.in_proj", "blocks.1.mixer.x_proj", "blocks.1.mixer.dt_proj"),
+    *("blocks.1.mixer.out_proj", "blocks.1.msa", "blocks.1.msa.to_q", "blocks.1.msa.to_out.0"),
+]
+
+
+@pytest.mark.parametrize("name", [*LAYERS, "every module"])
+@torch.no_grad()
+def test_what_a_hook_has_seen_stays(monkeypatch, name):
+    model, inputs = model_and_inputs("text")
+    want, kept = model(*inputs), []
+
+    def keep(_layer, given, out):
+        kept.extend((t, t.clone()) for t in (*given, out) if isinstance(t, torch.Tensor))
+
+    if name == "every module":
+        handle = torch.nn.modules.module.register_module_forward_hook(keep)
+    else:
+        handle = model.get_submodule(name).register_forward_hook(keep)
+    try:
+        torch.testing.assert_close(model(*inputs), want)
+    finally:
+        handle.remove()
+    assert kept
+    assert all(torch.equal(now, then) for now, then in kept)
+
+
+@pytest.mark.parametrize("kind", ["plain", "two directions"])
+def test_gradients_and_those_who_look_at_operators_have_memory_of_their_own(monkeypatch, kind):
+    model, inputs = model_and_inputs(kind)
+    names = taken(monkeypatch)
+    model(*inputs).sum().backward()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(*inputs)
+    with torch.no_grad(), torch.profiler.profile():
+        model(*inputs)
+    assert not names
+    refused = []
+    with torch.no_grad():
+        torch.func.vmap(lambda x: refused.append(Scratch.for_inference(x)) or x)(inputs[0])
+    assert refused == [None]
+
+
+@torch.no_grad()
+def test_layers_share_pieces_and_evaluations_do_not(monkeypatch):
+    """Each of the two wide results is made once for all layers; and what one call returns is not the next one's."""
+    model, inputs = model_and_inputs("text")
+    pieces, take = set(), Scratch._take
+
+    def noted(self, name, shape, like):
+        out = take(self, name, shape, like)
+        if name is not None:
+            pieces.add((name, out.data_ptr()))
+        return out
+
+    monkeypatch.setattr(Scratch, "_take", noted)
+    first = model(*inputs)
+    assert sorted(name for name, _ in pieces) == ["queries", "step sizes", "x and z"]
+    copy = first.clone()
+    model(torch.randn_like(inputs[0]), *inputs[1:])
+    assert torch.equal(first, copy)
+
+
+@torch.no_grad()
+def test_a_piece_grows_and_changes_its_dtype():
+    scratch, weight = Scratch(), torch.randn(5, 3)
+    for rows, dtype in ((2, torch.float32), (7, torch.float32), (3, torch.bfloat16), (0, torch.float32)):
+        x, w = torch.randn(2, rows, 3).to(dtype), weight.to(dtype)
+        for bias in (None, torch.randn(5).to(dtype)):
+            got = scratch.linear(x, w, bias, name="one")
+            torch.testing.assert_close(got, torch.nn.functional.linear(x, w, bias))
+
+
+@torch.no_grad()
+def test_a_weight_of_another_kind_brings_its_own_product():
+    class Noted(torch.Tensor):
+        pass
+
+    weight = torch.randn(5, 3).as_subclass(Noted)
+    assert isinstance(Scratch().linear(torch.randn(2, 4, 3), weight, name="one"), Noted)

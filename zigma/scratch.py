@@ -1,0 +1,59 @@
+"""Memory that the layers of one evaluation use one after another, on a CPU without gradients.
+
+Fresh memory comes from the system a page at a time, each zeroed and mapped on its own: at 4096 tokens of width 768 that
+is a tenth of a mixer's time, at 16384 more. The layers of a model are alike, so what one has done with serves the next;
+and the first time it is asked for in large pages.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import Parameter
+
+from .selective_scan import native, native_library
+from .selective_scan.custom_ops import operators_are_looked_at
+
+__all__ = ["Scratch"]
+
+
+class Scratch:
+    """Named pieces of memory: whoever takes one ends what was in it, so nobody else may have seen that.
+
+    Made by `for_inference`, and good for as long as what it looks at stays as it was: one evaluation.
+    """
+
+    def __init__(self) -> None:
+        self._pieces: dict[str, Tensor] = {}
+
+    @classmethod
+    def for_inference(cls, *inputs: Tensor | None) -> Scratch | None:
+        """One, if the inputs are on a CPU with native kernels, and nobody wants gradients or looks at operators."""
+        if torch.is_grad_enabled() or any(t is not None and t.device.type != "cpu" for t in inputs):
+            return None
+        if operators_are_looked_at(*inputs) or torch.is_autocast_enabled("cpu") or native.unavailable() is not None:
+            return None
+        return cls()
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, name: str | None = None) -> Tensor:
+        """F.linear of x (..., m) and weight (n, m): (..., n), in the piece of that name; None: in memory of its own."""
+        if type(weight) is not Tensor and type(weight) is not Parameter:  # a quantized one brings its own product
+            return F.linear(x, weight, bias)
+        shape, rows = (*x.shape[:-1], len(weight)), x.flatten(0, -2)
+        out = self._take(name, shape, x)
+        if bias is None:
+            torch.mm(rows, weight.t(), out=out.view(-1, len(weight)))
+        else:
+            torch.addmm(bias, rows, weight.t(), out=out.view(-1, len(weight)))
+        return out
+
+    def _take(self, name: str | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        size, piece = math.prod(shape), self._pieces.get(name)
+        if piece is None or piece.numel() < size or piece.dtype != like.dtype:
+            piece = native_library.load().use_huge_pages(like.new_empty(size))
+            if name is not None:
+                self._pieces[name] = piece
+        return piece[:size].view(shape)

@@ -185,7 +185,7 @@ def pictures(report: Report, options: Options) -> None:
     counts = (1,) if options.quick else (1, 8)
     times = {}
     for threads in sorted({1, os.cpu_count() or 1}):
-        candidates = {n: measure.with_threads(threads, functools.partial(sample, bundle, prompts[:n])) for n in counts}
+        candidates = {n: measure.WithThreads(threads, functools.partial(sample, bundle, prompts[:n])) for n in counts}
         times[threads] = measure.medians(candidates, options.fewer(3), time.perf_counter, {8: 2})
     cells = [[f"{threads} thread(s)", *(f"{row[n] / 1000 / n:.2f}" for n in counts)] for threads, row in times.items()]
     columns = ["", *(f"{n} picture{'s' * (n > 1)} at once" for n in counts)]

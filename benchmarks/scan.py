@@ -339,10 +339,13 @@ def threads(report: Report, options: Options) -> None:
         faster = measure.speed_up(candidates, options.rounds)
         ratio = faster["scan"] / faster[FOUR]
         cells.append([f"L {l}", *(f"{faster[name]:.2f}×" for name in candidates), f"{ratio:.2f}"])
-        report.held.append(
-            Held(f"1 → 2 threads: scan's speed-up / GEMMs', L {l}", ratio, 0.9, 1.0, at_least=True)
-        )
-    report.table("One thread and two", ["", "scan", FOUR, "scan / GEMMs"], cells, "Speed-up in wall time.")
+        report.held.append(Held(f"1 → 2 threads: scan's speed-up / GEMMs', L {l}", ratio, 0.9, 1.0, at_least=True))
+    report.table(
+        "One thread and two",
+        ["", "scan", FOUR, "scan / GEMMs"],
+        cells,
+        "Speed-up in wall time, of threads that are awake.",
+    )
 
 
 if __name__ == "__main__":

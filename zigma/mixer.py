@@ -54,11 +54,11 @@ def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
 _hooks_of_all_modules = getattr(nn.modules.module, "_has_any_global_hook", lambda: False)
 
 
-def project(layer: nn.Module, x: Tensor, like: nn.Module, scratch: Scratch | None, name: str | None = None) -> Tensor:
+def project(layer: nn.Module, x: Tensor, like: nn.Module, scratch: Scratch | None, place: str | None = None) -> Tensor:
     """layer(x), in the scratch memory if calling it does no more than that; `like` knows the layers' kind."""
     if scratch is None or not is_plain(layer, like._linear):
         return layer(x)
-    return scratch.linear(x, *like._read_weights(layer, x), name=name)
+    return scratch.linear(x, *like._read_weights(layer, x), place=place)
 
 
 # Of an SSM, by the last part of their keys.
@@ -111,19 +111,14 @@ class SSM(nn.Module):
                 parameter.data = value.to(parameter.device, at_least_float32(parameter.dtype))
         return self
 
-    def scan(
-        self, x: Tensor, z: Tensor, order: Tensor | None = None, overwrite_x: bool = False,
-        scratch: Scratch | None = None,
-    ) -> Tensor:  # fmt: skip
+    def scan(self, x: Tensor, z: Tensor, order: Tensor | None = None, scratch: Scratch | None = None) -> Tensor:
         """x, z (b, l, e) in raster order -> y * silu(z) (b, l, e) in raster order; None reads them as they lie.
 
-        overwrite_x: the caller needs x no more, and its memory may be used.
-        scratch: memory to use, also for the result.
+        scratch: memory to use, also for the result. The memory of x and z is used then too.
         """
-        if self.bidirectional:  # the second direction reads x again, and adds to the result of the first
-            overwrite_x, scratch = False, None
-        layers = (self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
-        y = self._scan(x, z, order, *layers, overwrite_x, scratch)
+        if self.bidirectional:  # the second direction reads x and z again, and adds to the result of the first
+            scratch = None
+        y = self._scan(x, z, order, self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D, scratch)
         if self.bidirectional:
             backwards = torch.arange(x.shape[1] - 1, -1, -1, device=x.device) if order is None else order.flip(0)
             y = y + self._scan(
@@ -131,17 +126,24 @@ class SSM(nn.Module):
             )  # fmt: skip
         return y
 
-    def _scan(self, x, z, order, conv1d, x_proj, dt_proj, A_log, D, overwrite_x=False, scratch=None) -> Tensor:
+    def _scan(self, x, z, order, conv1d, x_proj, dt_proj, A_log, D, scratch=None) -> Tensor:
+        used = scratch is not None
         weight, bias = self._read_weights(conv1d, x)
-        # From here on in scan order; z waits in raster order.
-        u = ordered_conv1d_silu(x, weight, bias, order, overwrite_x=overwrite_x)
+        # From here on in scan order; z waits in raster order. Rows that move cannot take the place of x: then the
+        # step sizes do, and the result that of z.
+        u = ordered_conv1d_silu(x, weight, bias, order, overwrite_x=used)
         dt, B, C = x_proj(u).split(self.splits, dim=-1)
-        delta, delta_bias = self._step_sizes(dt_proj, dt, scratch)  # softplus follows inside the scan
+        place = "step sizes" if order is None else x
+        delta, delta_bias = self._step_sizes(dt_proj, dt, scratch, place)  # softplus follows inside the scan
         A, D = -torch.exp(A_log.to(u.device, torch.float32)), D.to(u.device, torch.float32)
         unseen = delta_bias is not None  # no layer was called for them, and no hook
-        return selective_scan_gathered(u, delta, A, B, C, D, z, delta_bias, order=order, overwrite_delta=unseen)
+        return selective_scan_gathered(
+            u, delta, A, B, C, D, z, delta_bias, order=order, overwrite_delta=unseen, overwrite_z=used
+        )  # fmt: skip
 
-    def _step_sizes(self, dt_proj: nn.Module, dt: Tensor, scratch: Scratch | None) -> tuple[Tensor, Tensor | None]:
+    def _step_sizes(
+        self, dt_proj: nn.Module, dt: Tensor, scratch: Scratch | None, place: Tensor | str
+    ) -> tuple[Tensor, Tensor | None]:
         """dt (b, l, r) -> step sizes (b, l, e) before softplus, and their bias (e,) if the scan is to add it.
 
         On a CPU torch writes the bias to all rows before the product: a pass over memory, where the scan adds it for
@@ -150,7 +152,7 @@ class SSM(nn.Module):
         if dt.device.type == "cpu" and is_plain(dt_proj, self._linear):
             weight, bias = self._read_weights(dt_proj, dt)
             if scratch is not None:
-                return scratch.linear(dt, weight, name="step sizes"), bias.float()
+                return scratch.linear(dt, weight, place=place), bias.float()
             rows = F.linear(dt.flatten(0, 1), weight)  # of three dimensions torch makes one product or several
             return rows.unflatten(0, dt.shape[:2]), bias.float()
         return dt_proj(dt.contiguous()), None  # contiguous, so that torch adds the bias within the product
@@ -213,7 +215,7 @@ class Mamba(SSM):
         ):
             scratch = None  # a hook may keep what it is shown, or an adapter: then the memory stays as it is
         x, z = project(self.in_proj, tokens, self, scratch, "x and z").chunk(2, dim=-1)
-        y = ssm.scan(x, z, order, overwrite_x=scratch is not None, scratch=scratch)
+        y = ssm.scan(x, z, order, scratch)
         return project(self.out_proj, y, self, scratch)
 
     @torch.no_grad()

@@ -38,16 +38,22 @@ class Scratch:
             return None
         return cls()
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, name: str | None = None) -> Tensor:
-        """F.linear of x (..., m) and weight (n, m): (..., n), in the piece of that name; None: in memory of its own."""
+    def linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, place: Tensor | str | None = None
+    ) -> Tensor:
+        """F.linear of x (..., m) and weight (n, m): (..., n).
+
+        place: the result's memory: a tensor of its shape that nobody needs any more, the name of a piece, or None for
+            memory of its own.
+        """
         if type(weight) is not Tensor and type(weight) is not Parameter:  # a quantized one brings its own product
             return F.linear(x, weight, bias)
-        shape, rows = (*x.shape[:-1], len(weight)), x.flatten(0, -2)
-        out = self._take(name, shape, x)
+        out = place if isinstance(place, Tensor) else self._take(place, (*x.shape[:-1], len(weight)), x)
+        rows, results = x.flatten(0, -2), out.view(-1, len(weight))
         if bias is None:
-            torch.mm(rows, weight.t(), out=out.view(-1, len(weight)))
+            torch.mm(rows, weight.t(), out=results)
         else:
-            torch.addmm(bias, rows, weight.t(), out=out.view(-1, len(weight)))
+            torch.addmm(bias, rows, weight.t(), out=results)
         return out
 
     def _take(self, name: str | None, shape: tuple[int, ...], like: Tensor) -> Tensor:

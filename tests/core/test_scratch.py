@@ -127,13 +127,29 @@ def test_layers_share_pieces_and_evaluations_do_not(monkeypatch):
     assert torch.equal(first, copy)
 
 
+@pytest.mark.parametrize("kind", ["plain", "one SSM", "biases"])
+@torch.no_grad()
+def test_a_mixer_with_an_order_gives_what_it_gives_without(monkeypatch, kind):
+    """The rows move within it, so that other memory serves."""
+    model, _ = model_and_inputs(kind)
+    mixer, ssm = model.blocks[0].mixer, model.ssm if kind == "one SSM" else None
+    tokens, order = torch.randn(2, 40, 16), torch.randperm(40)
+    for given in (order, None):
+        with monkeypatch.context() as patch:
+            patch.setattr(Scratch, "for_inference", classmethod(lambda cls, *_: None))
+            want = mixer(tokens, given, ssm)
+        before = tokens.clone()
+        torch.testing.assert_close(mixer(tokens, given, ssm), want, rtol=0, atol=1e-6)
+        assert torch.equal(tokens, before)
+
+
 @torch.no_grad()
 def test_a_piece_grows_and_changes_its_dtype():
     scratch, weight = Scratch(), torch.randn(5, 3)
     for rows, dtype in ((2, torch.float32), (7, torch.float32), (3, torch.bfloat16), (0, torch.float32)):
         x, w = torch.randn(2, rows, 3).to(dtype), weight.to(dtype)
         for bias in (None, torch.randn(5).to(dtype)):
-            got = scratch.linear(x, w, bias, name="one")
+            got = scratch.linear(x, w, bias, place="one")
             torch.testing.assert_close(got, torch.nn.functional.linear(x, w, bias))
 
 
@@ -143,4 +159,4 @@ def test_a_weight_of_another_kind_brings_its_own_product():
         pass
 
     weight = torch.randn(5, 3).as_subclass(Noted)
-    assert isinstance(Scratch().linear(torch.randn(2, 4, 3), weight, name="one"), Noted)
+    assert isinstance(Scratch().linear(torch.randn(2, 4, 3), weight, place="one"), Noted)

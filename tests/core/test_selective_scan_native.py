@@ -165,6 +165,27 @@ def test_the_result_may_take_the_place_of_delta(library, monkeypatch, instructio
             assert got.data_ptr() == delta.data_ptr()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("instruction_set", native_library.INSTRUCTION_SETS)
+@torch.no_grad()
+def test_the_result_may_take_the_place_of_z(library, monkeypatch, instruction_set, dtype):
+    """Bit for bit the same with any order, in half of a wider tensor whose other half stays."""
+    if instruction_set not in library.instruction_sets():
+        pytest.skip(f"NOT TESTED: {instruction_set}, which this CPU lacks")
+    monkeypatch.setattr(library, "instruction_set", instruction_set)
+    for b, l, d, n in ((1, 1, 1, 1), (2, 37, 21, 5), (2, 48, 256, 16), (0, 4, 4, 2)):
+        u, delta, A, B, C, D, _, bias = (t.to(dtype) if t.ndim == 3 else t for t in draw_inputs(b, l, d, n))
+        wide = torch.randn(b, l, 2 * d, generator=torch.Generator().manual_seed(1)).to(dtype)
+        for order in (None, torch.randperm(l, generator=torch.Generator().manual_seed(2))):
+            rest, z = wide.clone().chunk(2, dim=-1)
+            options = {"order": order, "backend": "native"}
+            want = selective_scan_gathered(u, delta, A, B, C, D, z, bias, **options)
+            got = selective_scan_gathered(u, delta, A, B, C, D, z, bias, **options, overwrite_z=True)
+            assert torch.equal(got, want)
+            assert got.data_ptr() == z.data_ptr()
+            assert torch.equal(rest, wide[..., :d])
+
+
 @pytest.mark.parametrize("why", ["order", "gradients", "another dtype", "not dense", "torch"])
 def test_delta_is_left_alone(library, why):
     """Where the result cannot take its place, allowed or not."""

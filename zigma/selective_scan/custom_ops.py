@@ -36,11 +36,13 @@ SCHEMAS = {
 
 
 def selective_scan(
-    u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_order, output_order, backend, overwrite_delta=False
-) -> Tensor:
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_order, output_order, backend,
+    overwrite_delta=False, overwrite_z=False,
+) -> Tensor:  # fmt: skip
     """Step k reads u, delta, B, C at row input_order[k], and z and the output at row output_order[k].
 
-    overwrite_delta: where nobody wants gradients and there are no orders, a backend may return delta, written over.
+    overwrite_delta, overwrite_z: where nobody wants gradients, a backend may return one of them, written over: delta
+    without orders, z with whatever order.
     """
     inputs = (u, delta, A, B, C, D, z, delta_bias)
     if operators_are_looked_at(*inputs):
@@ -48,11 +50,13 @@ def selective_scan(
         operator, keep = getattr(torch.ops, NAMESPACE).selective_scan, gradients_wanted(inputs)
         return operator(*inputs, delta_softplus, input_order, output_order, keep, backend)[0]
     module = BACKENDS[backend]
-    has_place = delta.dtype == u.dtype and delta.is_contiguous() and input_order is None and output_order is None
-    if overwrite_delta and has_place and hasattr(module, "scan_over_delta"):
-        module.scan_over_delta(*inputs, delta_softplus)
-        return delta
     check_permutations(input_order, output_order)
+    if hasattr(module, "scan_over"):
+        moves = input_order is not None or output_order is not None
+        for place, allowed in ((delta, overwrite_delta and not moves), (z, overwrite_z)):
+            if allowed and place is not None and place.dtype == u.dtype and _rows_lie_apart(place):
+                module.scan_over(place, *inputs, delta_softplus, input_order, output_order)
+                return place
     return module.scan_forward(*inputs, delta_softplus, input_order, output_order, False)[0]
 
 

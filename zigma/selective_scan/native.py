@@ -91,13 +91,18 @@ def scan_forward(
     return out, states
 
 
-def scan_over_delta(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> None:
-    """The output in place of delta (dense rows, the dtype of u), all read and written as they lie."""
-    u, B, C, z = (_dense_rows(t) for t in (u, B, C, z))
-    A, D, delta_bias = (_contiguous(t) for t in (A, D, delta_bias))
-    if delta.numel():
-        args = _scan_args(u, delta, A, B, C, D, z, delta_bias, delta_softplus, None, None, A.new_empty(0))
-        args.out = args.delta
+def scan_over(
+    place: Tensor, u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_order, output_order
+) -> None:  # fmt: skip
+    """The output in `place`: delta where there are no orders, or z. Its rows are dense, its dtype is that of u."""
+    u, delta, B, C, z = (_dense_rows(t) for t in (u, delta, B, C, z))
+    A, D, delta_bias, input_order, output_order = (
+        _contiguous(t) for t in (A, D, delta_bias, input_order, output_order)
+    )
+    if place.numel():
+        states = A.new_empty(0)
+        args = _scan_args(u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_order, output_order, states)
+        args.out = _rows(place)
         native_library.load().call("scan_forward", args)
 
 

@@ -68,19 +68,20 @@ def selective_scan_gathered(
     order: Tensor | None = None,
     backend: str | None = None,
     overwrite_delta: bool = False,
+    overwrite_z: bool = False,
 ) -> Tensor:
     """`selective_scan` for u, delta, B and C that are already in scan order; z and the result are in raster order.
 
     What the Mamba mixer calls after `ordered_conv1d_silu`: the gather of z and the scatter of the result happen
     inside the kernel. Shapes, dtypes and errors as in `selective_scan`.
 
-    overwrite_delta: the caller needs delta no more, and the result may take its memory: it does in inference on the
-    native backend without an order.
+    overwrite_delta, overwrite_z: the caller needs delta or z no more, and the result may take its memory: in inference
+    on the native backend it takes that of delta without an order, that of z with one. No other input lies there.
     """
     _check_scan(u, delta, A, B, C, D, z, delta_bias)
     _check_order(order, u)
     name = select_backend(backend, u, delta, B, C, z)
-    return _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, None, order, name, overwrite_delta)
+    return _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, None, order, name, overwrite_delta, overwrite_z)
 
 
 def ordered_conv1d_silu(
@@ -126,13 +127,13 @@ def ordered_conv1d_silu(
 
 def _scan(
     u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_order, output_order, name: str,
-    overwrite_delta: bool = False,
+    overwrite_delta: bool = False, overwrite_z: bool = False,
 ) -> Tensor:  # fmt: skip
     A, D, delta_bias = (_parameter(u, t) for t in (A, D, delta_bias))
     arguments = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_order, output_order)
     if name == reference.NAME:  # which autograd sees through
         return reference.scan(*arguments)
-    return custom_ops.selective_scan(*arguments, name, overwrite_delta)
+    return custom_ops.selective_scan(*arguments, name, overwrite_delta, overwrite_z)
 
 
 def _check_scan(u, delta, A, B, C, D, z, delta_bias) -> None:

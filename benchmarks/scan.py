@@ -18,6 +18,7 @@ from torch import Tensor
 from zigma.mixer import Mamba
 from zigma.model import ZigMa
 from zigma.scan_orders import LayerSchedule
+from zigma.scratch import Scratch
 from zigma.selective_scan import native, ordered_conv1d_silu, selective_scan_gathered
 
 D_INNER = 2 * WIDTH
@@ -105,18 +106,20 @@ class Problem:
 
 
 class InMixer:
-    """A scan as a mixer calls it in inference: z is half of in_proj's result, and the step sizes, which dt_proj wrote
-    just before, make room for the result."""
+    """A scan as a mixer calls it in inference: u and z are the halves of in_proj's result, after the convolution wrote
+    over the first, and the step sizes, which dt_proj wrote just before, make room for the result."""
 
     def __init__(self, problem: Problem, instruction_set: str):
-        self.u, delta, self.A, self.B, self.C, self.D, _, self.bias = problem.inputs
+        u, delta, self.A, self.B, self.C, self.D, z, self.bias = problem.inputs
         l, rank = delta.shape[1], -(-WIDTH // 16)
-        self.z = torch.randn(1, l, 2 * D_INNER)[..., D_INNER:]
+        self.scratch, projection = Scratch(), torch.randn(2 * D_INNER, WIDTH) * WIDTH**-0.5
+        self.u, self.z = self.scratch.linear(torch.randn(1, l, WIDTH), projection, place="x and z").chunk(2, dim=-1)
+        self.u.copy_(u), self.z.copy_(z)
         self.dt, self.weight = torch.randn(1, l, rank), torch.randn(D_INNER, rank) * rank**-0.5
         self.run = measure.with_instruction_set(instruction_set, self.scan)
 
     def prepare(self) -> None:
-        self.delta = F.linear(self.dt, self.weight)
+        self.delta = self.scratch.linear(self.dt, self.weight, place="step sizes")
 
     def scan(self) -> None:
         rest = (self.A, self.B, self.C, self.D, self.z, self.bias)

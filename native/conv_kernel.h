@@ -71,7 +71,8 @@ INLINE void convolve_unit(int64_t width, int plain, const conv_job *job, const c
             vstore(rows->x[k + width - 1] + c, x);
             for (int64_t j = 0; j < width - 1; j++)
                 sum = vfma(vload(rows->x[k + j] + c), vload(weight + j * padded + c), sum);
-            sum = vsilu(vfma(x, vload(weight + (width - 1) * padded + c), sum));
+            sum = vfma(x, vload(weight + (width - 1) * padded + c), sum);
+            sum = vsilu(sum, vexp_minus(sum));
             if (plain)
                 vstore((float *)to + c, sum);
             else

@@ -3,6 +3,7 @@
  *
  * Each defines SIMD_NAME, LANES, vec and
  *   vset, vload, vstore, vfma(a, b, c) = a b + c, vmax and vmin (b where either is NaN), vabs
+ *   vclamp(x, limit) = x within [-limit, limit], vclamp_abs(x, limit) = |x| up to limit; of a NaN it or the limit
  *   vselect_nonnegative(x, a, b) = x >= 0 ? a : b, lane by lane
  *   vload_bf16, vstore_bf16: rounds to nearest even; a NaN stays a NaN
  *   vexp2: 2^x, relative error below 1.2e-7, exact at 0; a NaN passes through
@@ -48,17 +49,15 @@ INLINE vec vlog1p(vec w) {
 /* exp(-|x|), from which softplus and the sigmoid are computed without overflow on either side. Far out it stays at
  * exp(-86.5), which is nothing beside 1 and at the end of what a float holds. It may make a number of a NaN: those who use
  * it pass the NaN on by themselves. */
-INLINE vec vexp_minus_abs(vec x) { return vexp2_product(vmin(vset(86.5f), vabs(x)), vset(-LOG2E)); }
+INLINE vec vexp_minus_abs(vec x) { return vexp2_product(vclamp_abs(x, 86.5f), vset(-LOG2E)); }
 INLINE vec vsoftplus(vec x, vec exp_minus_abs) { return vmax(vset(0.0f), x) + vlog1p(exp_minus_abs); }
 INLINE vec vsigmoid(vec x, vec exp_minus_abs) {
     return vselect_nonnegative(x, vset(1.0f), exp_minus_abs) * vreciprocal(exp_minus_abs + vset(1.0f));
 }
 
-/* x sigmoid(x) = x / (1 + exp(-x)). Clamped where it vanishes on one side and is x on the other. */
-INLINE vec vsilu(vec x) {
-    vec inside = vmin(vset(86.5f), vmax(vset(-86.5f), x));
-    return x * vreciprocal(vexp2_product(inside, vset(-LOG2E)) + vset(1.0f));
-}
+/* x sigmoid(x) = x / (1 + exp(-x)). The exponential stops where the sigmoid vanishes on one side and is 1 on the other. */
+INLINE vec vexp_minus(vec x) { return vexp2_product(vclamp(x, 86.5f), vset(-LOG2E)); }
+INLINE vec vsilu(vec x, vec exp_minus) { return x * vreciprocal(exp_minus + vset(1.0f)); }
 
 /* Rows hold float or bfloat16; count < LANES only in the last vector of a row. */
 INLINE vec vload_row(const void *base, int64_t dtype, int64_t offset, int64_t count) {

@@ -16,6 +16,8 @@ INLINE vec vfma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE vec vmax(vec a, vec b) { return _mm256_max_ps(a, b); }
 INLINE vec vmin(vec a, vec b) { return _mm256_min_ps(a, b); }
 INLINE vec vabs(vec x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
+INLINE vec vclamp(vec x, float limit) { return vmin(vset(limit), vmax(vset(-limit), x)); }
+INLINE vec vclamp_abs(vec x, float limit) { return vmin(vset(limit), vabs(x)); }
 INLINE vec vselect_nonnegative(vec x, vec a, vec b) {
     return _mm256_blendv_ps(b, a, _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_GE_OQ));
 }

@@ -16,6 +16,9 @@ INLINE vec vfma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE vec vmax(vec a, vec b) { return _mm512_max_ps(a, b); }
 INLINE vec vmin(vec a, vec b) { return _mm512_min_ps(a, b); }
 INLINE vec vabs(vec x) { return _mm512_abs_ps(x); }
+/* The operand of the smaller magnitude, with the sign of x or none */
+INLINE vec vclamp(vec x, float limit) { return _mm512_range_ps(x, vset(limit), 0x2); }
+INLINE vec vclamp_abs(vec x, float limit) { return _mm512_range_ps(x, vset(limit), 0xa); }
 /* x >= 0 ? a : b, lane by lane */
 INLINE vec vselect_nonnegative(vec x, vec a, vec b) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GE_OQ), b, a);

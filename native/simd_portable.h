@@ -48,6 +48,9 @@ INLINE vec vunzip_odd(vec a, vec b) { return (vec)vuzp2q_f32((float32x4_t)a, (fl
 INLINE vbits vround(vec x) { return (vbits)vcvtnq_s32_f32((float32x4_t)x); }
 #endif
 
+INLINE vec vclamp(vec x, float limit) { return vmin(vset(limit), vmax(vset(-limit), x)); }
+INLINE vec vclamp_abs(vec x, float limit) { return vmin(vset(limit), vabs(x)); }
+
 INLINE vec vload_bf16(const uint16_t *p) {
     vhalves halves;
     memcpy(&halves, p, sizeof halves);

@@ -56,7 +56,7 @@ _hooks_of_all_modules = getattr(nn.modules.module, "_has_any_global_hook", lambd
 
 def project(layer: nn.Module, x: Tensor, like: nn.Module, scratch: Scratch | None, place: str | None = None) -> Tensor:
     """layer(x), in the scratch memory if calling it does no more than that; `like` knows the layers' kind."""
-    if scratch is None or not is_plain(layer, like._linear):
+    if scratch is None or torch.compiler.is_compiling() or not is_plain(layer, like._linear):
         return layer(x)
     return scratch.linear(x, *like._read_weights(layer, x), place=place)
 
@@ -210,6 +210,8 @@ class Mamba(SSM):
         scratch: what the model's layers share.
         """
         ssm, scratch = ssm or self, scratch or Scratch.for_inference(tokens)
+        if torch.compiler.is_compiling():  # this part of a model alone
+            scratch = None
         if scratch is not None and not all(
             is_plain(layer, self._linear) for layer in (self.in_proj, ssm.x_proj, self.out_proj)
         ):

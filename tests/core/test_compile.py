@@ -17,6 +17,7 @@ from zigma import ZigMa, ZigMaConfig
 from zigma.selective_scan import (
     available_backends,
     custom_ops,
+    native_library,
     ordered_conv1d_silu,
     selective_scan,
     selective_scan_gathered,
@@ -44,6 +45,18 @@ def model_and_inputs(options):
     x, t = torch.randn(2, *frames, 2, 4, 6), torch.rand(2)
     y = {"text": torch.randn(2, 5, 12), "class": torch.tensor([0, 2])}.get(model.config.conditioning)
     return model, (x, t, y)
+
+
+@pytest.mark.parametrize("part", ["blocks.0", "blocks.1.mixer", "blocks.0.msa"])
+def test_a_part_alone(part, monkeypatch):
+    """One graph of a part within a model that runs as it stands, whose layers share memory in inference."""
+    torch.compiler.reset()
+    monkeypatch.setattr(native_library, "HUGE_PAGES_FROM", 0)  # as for large sizes: a call that no compiler traces
+    model, inputs = model_and_inputs(MODELS["text"])
+    with torch.no_grad():
+        want = model(*inputs)
+        model.get_submodule(part).compile(fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(model(*inputs), want)
 
 
 @pytest.mark.parametrize("name", MODELS)

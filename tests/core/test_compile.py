@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from zigma import ZigMa, ZigMaConfig
+from zigma import ZigMa, ZigMaConfig, scratch
 from zigma.selective_scan import (
     available_backends,
     custom_ops,
@@ -51,6 +51,7 @@ def model_and_inputs(options):
 def test_a_part_alone(part, monkeypatch):
     """One graph of a part within a model that runs as it stands, whose layers share memory in inference."""
     torch.compiler.reset()
+    monkeypatch.setattr(scratch, "WORTH_IT_FROM", 0)
     monkeypatch.setattr(native_library, "HUGE_PAGES_FROM", 0)  # as for large sizes: a call that no compiler traces
     model, inputs = model_and_inputs(MODELS["text"])
     with torch.no_grad():

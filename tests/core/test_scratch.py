@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from zigma import scratch as scratch_module
 from zigma.config import ZigMaConfig
 from zigma.model import ZigMa
 from zigma.scratch import Scratch
@@ -20,6 +21,11 @@ KINDS = {
 }
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason="NOT TESTED: no native kernel on this machine")
+
+
+@pytest.fixture(autouse=True)
+def _however_small(monkeypatch):
+    monkeypatch.setattr(scratch_module, "WORTH_IT_FROM", 0)
 
 
 def model_and_inputs(kind: str, dtype: torch.dtype = torch.float32, batch: int = 2):
@@ -108,6 +114,14 @@ def test_gradients_and_those_who_look_at_operators_have_memory_of_their_own(monk
 
 
 @torch.no_grad()
+def test_few_tokens_are_not_worth_it(monkeypatch):
+    monkeypatch.setattr(scratch_module, "WORTH_IT_FROM", 2**20)
+    assert Scratch.for_inference(torch.empty(2, 1024, 128)) is not None
+    assert Scratch.for_inference(torch.empty(2, 1023, 128)) is None
+    assert Scratch.for_inference(torch.empty(2, 1024, 128, dtype=torch.bfloat16)) is None
+
+
+@torch.no_grad()
 def test_layers_share_pieces_and_evaluations_do_not(monkeypatch):
     """Each of the two wide results is made once for all layers; and what one call returns is not the next one's."""
     model, inputs = model_and_inputs("text")
@@ -125,6 +139,36 @@ def test_layers_share_pieces_and_evaluations_do_not(monkeypatch):
     copy = first.clone()
     model(torch.randn_like(inputs[0]), *inputs[1:])
     assert torch.equal(first, copy)
+
+
+class Patched(torch.nn.Linear):
+    """A host's layer: it computes with other weights than it holds."""
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, 2 * self.weight, self.bias)
+
+
+class Operations:
+    Linear, Conv1d, Conv2d, Embedding, RMSNorm = (
+        Patched, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Embedding, torch.nn.RMSNorm,
+    )  # fmt: skip
+
+    @staticmethod
+    def read_weights(layer, like):
+        return 2 * layer.weight, getattr(layer, "bias", None)
+
+
+@pytest.mark.parametrize("kind", ["text", "one SSM", "biases"])
+@torch.no_grad()
+def test_a_hosts_accessor_is_asked_for_every_weight(monkeypatch, kind):
+    plain, inputs = model_and_inputs(kind)
+    model = ZigMa(plain.config, operations=Operations).eval()
+    model.load_state_dict(plain.state_dict())
+    want = without_scratch(monkeypatch, model, inputs)
+    names = taken(monkeypatch)
+    torch.testing.assert_close(model(*inputs), want, rtol=1e-5, atol=1e-5)
+    assert names
+    assert not torch.allclose(plain(*inputs), want, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["plain", "one SSM", "biases"])

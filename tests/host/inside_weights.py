@@ -34,6 +34,28 @@ def backend(name: str):
         del os.environ["ZIGMA_SCAN_BACKEND"]
 
 
+WAYS = ("native", "native, layers share memory", "torch")
+
+
+@contextlib.contextmanager
+def way(pack, name: str):
+    """A backend; a tiny model's layers share memory only if told to, and then without gradients."""
+    scratch = pack.part("zigma.scratch")
+    kept, taken = scratch.WORTH_IT_FROM, []
+    shares = name == WAYS[1]
+    if shares:
+        scratch.WORTH_IT_FROM, take = 0, scratch.Scratch._take
+        scratch.Scratch._take = lambda self, *what: taken.append(what) or take(self, *what)
+    try:
+        with backend(name.partition(",")[0]), torch.set_grad_enabled(not shares):
+            yield
+    finally:
+        scratch.WORTH_IT_FROM = kept
+        if shares:
+            scratch.Scratch._take = take
+    assert bool(taken) == shares
+
+
 @contextlib.contextmanager
 def stored_as(dtype: torch.dtype):
     """Models are loaded in this dtype and computed with in float32: what the host does on devices that lack it."""
@@ -144,8 +166,8 @@ def check_a_lora_on_each_layer_equals_weights_patched_by_hand(pack):
             text = {f"blocks.*.msa.{part}" for part in ("to_q", "to_k", "to_v", "to_out.0")}
             others = {"blocks.*.norm", "norm_f", "blocks.*.adaLN_modulation.1", "y_embedder"}
             assert mixer | text | others <= files.keys(), files.keys()
-        for scan in ("native", "torch"):
-            with backend(scan):
+        for scan in WAYS:
+            with way(pack, scan):
                 own = velocity(it, it.model)
                 close(own, expected(it, it.state), LIMIT)
                 for layer, (file, state) in files.items():
@@ -169,8 +191,8 @@ def check_offloading_and_casting_change_no_result(pack):
             file, state = lora(it, names)
             patched = with_lora(it.model, file, 0.1)
             state = {key: it.state[key] + 0.1 * (value - it.state[key]) for key, value in state.items()}
-            for scan in ("native", "torch"):
-                with backend(scan):
+            for scan in WAYS:
+                with way(pack, scan):
                     for budget in (0, ONE_BYTE, it.model.model_size() // 2):
                         same(velocity(it, it.model, budget), expected(it, it.state), name, dtype, scan, budget)
                     same(velocity(it, patched, ONE_BYTE), expected(it, state), name, dtype, scan, "LoRA")

@@ -114,7 +114,8 @@ class InMixer:
         l, rank = delta.shape[1], -(-WIDTH // 16)
         self.scratch, projection = Scratch(), torch.randn(2 * D_INNER, WIDTH) * WIDTH**-0.5
         self.u, self.z = self.scratch.linear(torch.randn(1, l, WIDTH), projection, place="x and z").chunk(2, dim=-1)
-        self.u.copy_(u), self.z.copy_(z)
+        self.u.copy_(u)
+        self.z.copy_(z)
         self.dt, self.weight = torch.randn(1, l, rank), torch.randn(D_INNER, rank) * rank**-0.5
         self.run = measure.with_instruction_set(instruction_set, self.scan)
 

@@ -192,7 +192,6 @@ INLINE void open_unit(int plain, const scan_job *job, const place *p, int64_t fi
                       forward_steps *w) {
     for (int64_t k = 0; k < p->steps; k++) {
         int64_t v = 0;
-#pragma GCC unroll 8
         for (; v + GROUP <= vectors; v += GROUP) open_vectors(plain, GROUP, job, p, k, first, v, w);
         for (; v < vectors; v++) open_vectors(plain, 1, job, p, k, first, v, w);
     }
@@ -202,7 +201,6 @@ INLINE void close_unit(int plain, const scan_job *job, const place *p, int64_t f
                        forward_steps *w) {
     for (int64_t k = 0; k < p->steps; k++) {
         int64_t v = 0;
-#pragma GCC unroll 8
         for (; v + GROUP <= vectors; v += GROUP) close_vectors(plain, GROUP, job, p, k, first, v, w);
         for (; v < vectors; v++) close_vectors(plain, 1, job, p, k, first, v, w);
     }

@@ -28,7 +28,7 @@ __all__ = [
     "Mamba",
     "at_least_float32",
     "is_plain",
-    "project",
+    "may_share",
     "read_weights",
 ]
 
@@ -54,11 +54,14 @@ def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
 _hooks_of_all_modules = getattr(nn.modules.module, "_has_any_global_hook", lambda: False)
 
 
-def project(layer: nn.Module, x: Tensor, like: nn.Module, scratch: Scratch | None, place: str | None = None) -> Tensor:
-    """layer(x), in the scratch memory if calling it does no more than that; `like` knows the layers' kind."""
-    if scratch is None or torch.compiler.is_compiling() or not is_plain(layer, like._linear):
-        return layer(x)
-    return scratch.linear(x, *like._read_weights(layer, x), place=place)
+def may_share(scratch: Scratch | None, kind: type[nn.Module], *layers: nn.Module) -> bool:
+    """Whether these layers' results may lie in scratch memory, which ends what was there: nobody else has seen it.
+
+    A hook may keep what it is shown, and so may an adapter. A compiler may take a part of a model alone.
+    """
+    if scratch is None or torch.compiler.is_compiling():
+        return False
+    return all(is_plain(layer, kind) for layer in layers)
 
 
 # Of an SSM, by the last part of their keys.
@@ -210,15 +213,12 @@ class Mamba(SSM):
         scratch: what the model's layers share.
         """
         ssm, scratch = ssm or self, scratch or Scratch.for_inference(tokens)
-        if torch.compiler.is_compiling():  # this part of a model alone
-            scratch = None
-        if scratch is not None and not all(
-            is_plain(layer, self._linear) for layer in (self.in_proj, ssm.x_proj, self.out_proj)
-        ):
-            scratch = None  # a hook may keep what it is shown, or an adapter: then the memory stays as it is
-        x, z = project(self.in_proj, tokens, self, scratch, "x and z").chunk(2, dim=-1)
+        if not may_share(scratch, self._linear, self.in_proj, ssm.x_proj, self.out_proj):
+            x, z = self.in_proj(tokens).chunk(2, dim=-1)
+            return self.out_proj(ssm.scan(x, z, order))
+        x, z = scratch.linear(tokens, *self._read_weights(self.in_proj, tokens), place="x and z").chunk(2, dim=-1)
         y = ssm.scan(x, z, order, scratch)
-        return project(self.out_proj, y, self, scratch)
+        return scratch.linear(y, *self._read_weights(self.out_proj, y))
 
     @torch.no_grad()
     def reset_parameters(self, config: ZigMaConfig) -> None:
@@ -282,11 +282,16 @@ class CrossAttention(nn.Module):
 
     def forward(self, tokens: Tensor, keys_values: tuple[Tensor, Tensor], scratch: Scratch | None = None) -> Tensor:
         """tokens (b, l, d) -> (b, l, d)."""
-        q, (k, v) = project(self.to_q, tokens, self, scratch, "queries"), keys_values
+        q, (k, v) = self._project(self.to_q, tokens, scratch, "queries"), keys_values
         q = rearrange(q, "b l (h c) -> b h l c", h=self.HEADS)
         if torch.is_grad_enabled() and q.device.type == "cpu":
             # The fused attention's backward on a CPU took a third of a training step at 64 tokens.
             mixed = torch.softmax(q @ k.transpose(-1, -2) * self.HEAD_DIM**-0.5, dim=-1).to(v.dtype) @ v
         else:
             mixed = F.scaled_dot_product_attention(q, k, v)
-        return project(self.to_out[0], rearrange(mixed, "b h l c -> b l (h c)"), self, scratch)
+        return self._project(self.to_out[0], rearrange(mixed, "b h l c -> b l (h c)"), scratch)
+
+    def _project(self, layer: nn.Module, x: Tensor, scratch: Scratch | None, place: str | None = None) -> Tensor:
+        if not may_share(scratch, self._linear, layer):
+            return layer(x)
+        return scratch.linear(x, *self._read_weights(layer, x), place=place)

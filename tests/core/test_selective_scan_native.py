@@ -38,6 +38,15 @@ def library():
         pytest.skip(f"NOT TESTED: the native kernel: {error}")
 
 
+@pytest.fixture(params=native_library.INSTRUCTION_SETS)
+def instruction_set(request, library, monkeypatch):
+    """The kernels of each instruction set of this CPU, one after the other."""
+    if request.param not in library.instruction_sets():
+        pytest.skip(f"NOT TESTED: {request.param}, which this CPU lacks")
+    monkeypatch.setattr(library, "instruction_set", request.param)
+    return request.param
+
+
 def draw_inputs(b, l, d, n, requires_grad=False):
     g = torch.Generator().manual_seed(0)
     shapes = ((b, l, d), (b, l, d), (d, n), (b, l, n), (b, l, n), (d,), (b, l, d), (d,))
@@ -145,13 +154,9 @@ def test_a_forked_child_computes_the_same(library, kind, set_threads):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("instruction_set", native_library.INSTRUCTION_SETS)
 @torch.no_grad()
-def test_the_result_may_take_the_place_of_delta(library, monkeypatch, instruction_set, dtype):
+def test_the_result_may_take_the_place_of_delta(instruction_set, dtype):
     """Bit for bit the same, whatever of the gate, the bias and D there is, and the rows of whole chunks or not."""
-    if instruction_set not in library.instruction_sets():
-        pytest.skip(f"NOT TESTED: {instruction_set}, which this CPU lacks")
-    monkeypatch.setattr(library, "instruction_set", instruction_set)
     for sizes in ((1, 1, 1, 1), (2, 37, 21, 5), (2, 48, 256, 16), (0, 4, 4, 2)):
         inputs = draw_inputs(*sizes)
         inputs = [t.to(dtype) if t.ndim == 3 else t for t in inputs]
@@ -166,13 +171,9 @@ def test_the_result_may_take_the_place_of_delta(library, monkeypatch, instructio
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("instruction_set", native_library.INSTRUCTION_SETS)
 @torch.no_grad()
-def test_the_result_may_take_the_place_of_z(library, monkeypatch, instruction_set, dtype):
+def test_the_result_may_take_the_place_of_z(instruction_set, dtype):
     """Bit for bit the same with any order, in half of a wider tensor whose other half stays."""
-    if instruction_set not in library.instruction_sets():
-        pytest.skip(f"NOT TESTED: {instruction_set}, which this CPU lacks")
-    monkeypatch.setattr(library, "instruction_set", instruction_set)
     for b, l, d, n in ((1, 1, 1, 1), (2, 37, 21, 5), (2, 48, 256, 16), (0, 4, 4, 2)):
         u, delta, A, B, C, D, _, bias = (t.to(dtype) if t.ndim == 3 else t for t in draw_inputs(b, l, d, n))
         wide = torch.randn(b, l, 2 * d, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -204,13 +205,9 @@ def test_delta_is_left_alone(library, why):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("instruction_set", native_library.INSTRUCTION_SETS)
 @torch.no_grad()
-def test_the_convolution_may_take_the_place_of_its_input(library, monkeypatch, instruction_set, dtype):
+def test_the_convolution_may_take_the_place_of_its_input(instruction_set, dtype):
     """Bit for bit the same, in half of a wider tensor whose other half stays, whatever the sizes are."""
-    if instruction_set not in library.instruction_sets():
-        pytest.skip(f"NOT TESTED: {instruction_set}, which this CPU lacks")
-    monkeypatch.setattr(library, "instruction_set", instruction_set)
     g = torch.Generator().manual_seed(0)
     for b, l, d, width in ((1, 1, 1, 4), (2, 37, 21, 3), (1, 2, 300, 16), (2, 48, 256, 4), (1, 5, 9, 1), (0, 4, 4, 2)):
         wide = torch.randn(b, l, 2 * d, generator=g).to(dtype)
@@ -245,12 +242,8 @@ def test_the_input_of_a_convolution_is_left_alone(library, why):
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("instruction_set", native_library.INSTRUCTION_SETS)
 @torch.no_grad()
-def test_an_A_that_is_not_finite_stays_in_its_channel(library, monkeypatch, instruction_set, bad):
-    if instruction_set not in library.instruction_sets():
-        pytest.skip(f"NOT TESTED: {instruction_set}, which this CPU lacks")
-    monkeypatch.setattr(library, "instruction_set", instruction_set)
+def test_an_A_that_is_not_finite_stays_in_its_channel(instruction_set, bad):
     u, delta, A, *others = draw_inputs(1, 40, 33, 5)
     want = selective_scan(u, delta, A, *others, backend="reference")
     for channel, state in ((0, 0), (17, 4), (32, 2)):
@@ -263,12 +256,8 @@ def test_an_A_that_is_not_finite_stays_in_its_channel(library, monkeypatch, inst
             assert not got[..., channel].isfinite().all()
 
 
-@pytest.mark.parametrize("instruction_set", native_library.INSTRUCTION_SETS)
 def test_exponential(library, instruction_set):
     """Relative error below two units in the last place, exact at integers, zero or tiny below the range."""
-    if instruction_set not in library.instruction_sets():
-        pytest.skip(f"NOT TESTED: {instruction_set}, which this CPU lacks")
-
     def exp2(x, bounded=False):
         x, y = x.float().contiguous(), torch.empty(x.numel())
         library.exp2(instruction_set, x, y, bounded)

@@ -76,34 +76,32 @@ def scan_forward(
     The kernel reads u, delta, B, C at rows input_order and reads z and writes the output at rows output_order.
     """
     (b, l, d), n = u.shape, A.shape[1]
-    u, delta, B, C, z = (_dense_rows(t) for t in (u, delta, B, C, z))
-    A, D, delta_bias, input_order, output_order = (
-        _contiguous(t) for t in (A, D, delta_bias, input_order, output_order)
-    )
     library = library or native_library.load()
     out = library.use_huge_pages(u.new_empty(b, l, d))
     states = A.new_empty(states_shape(b, l, d, n, library) if keep else (0,))
-    if out.numel() == 0:
-        return out, states
-    args = _scan_args(u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_order, output_order, states)
-    args.out = _rows(out)
-    library.call("scan_forward", args)
+    _scan_into(
+        out, states, library, u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_order, output_order
+    )  # fmt: skip
     return out, states
 
 
-def scan_over(
-    place: Tensor, u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_order, output_order
+def scan_over(place: Tensor, u, delta, A, *rest) -> None:
+    """The output of `scan_forward` in `place`: delta where there are no orders, or z; dense rows, the dtype of u."""
+    _scan_into(place, A.new_empty(0), native_library.load(), u, delta, A, *rest)
+
+
+def _scan_into(
+    out: Tensor, states: Tensor, library: NativeLibrary,
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_order, output_order,
 ) -> None:  # fmt: skip
-    """The output in `place`: delta where there are no orders, or z. Its rows are dense, its dtype is that of u."""
     u, delta, B, C, z = (_dense_rows(t) for t in (u, delta, B, C, z))
     A, D, delta_bias, input_order, output_order = (
         _contiguous(t) for t in (A, D, delta_bias, input_order, output_order)
     )
-    if place.numel():
-        states = A.new_empty(0)
+    if out.numel():
         args = _scan_args(u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_order, output_order, states)
-        args.out = _rows(place)
-        native_library.load().call("scan_forward", args)
+        args.out = _rows(out)
+        library.call("scan_forward", args)
 
 
 def scan_backward(
@@ -145,21 +143,21 @@ def _scan_args(u, delta, A, B, C, D, z, bias, delta_softplus, input_order, outpu
 
 def conv_forward(x: Tensor, weight: Tensor, bias, order) -> Tensor:
     """SiLU of the depthwise causal convolution along `order`; x raster, result in scan order."""
-    x, weight, bias, order = _dense_rows(x), _contiguous(weight), _contiguous(bias), _contiguous(order)
     out = _fresh(x)
-    if out.numel():
-        args = _conv_args(x, weight, bias, order)
-        args.out = _rows(out)
-        native_library.load().call("conv_forward", args)
+    _conv_into(out, x, weight, bias, order)
     return out
 
 
 def conv_over_x(x: Tensor, weight: Tensor, bias) -> None:
     """The result in place of x, whose rows are dense and do not overlap, read as they lie."""
-    if x.numel():
-        weight, bias = _contiguous(weight), _contiguous(bias)
-        args = _conv_args(x, weight, bias, None)
-        args.out = args.x
+    _conv_into(x, x, weight, bias, None)
+
+
+def _conv_into(out: Tensor, x: Tensor, weight: Tensor, bias, order) -> None:
+    x, weight, bias, order = _dense_rows(x), _contiguous(weight), _contiguous(bias), _contiguous(order)
+    if out.numel():
+        args = _conv_args(x, weight, bias, order)
+        args.out = _rows(out)
         native_library.load().call("conv_forward", args)
 
 

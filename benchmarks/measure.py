@@ -205,10 +205,10 @@ def instruction_sets() -> tuple[str, ...]:
 
 
 def exponentials(count: int, instruction_set: str) -> Run:
-    """So many exponentials by the kernel's own exp2, on a buffer that stays in the first-level cache."""
+    """So many exponentials as the kernel computes its decays, on a buffer that stays in the first-level cache."""
     library, size = native_library.load(), 2048
     x, y = torch.linspace(-20, 0, size), torch.empty(size)
-    return lambda: library.exp2(instruction_set, x, y, bounded=max(count // size, 1))
+    return lambda: library.exp2(instruction_set, x, y, as_decays=max(count // size, 1))
 
 
 def square_product(size: int = 1536) -> tuple[Run, float]:

@@ -20,7 +20,7 @@ static void pack_A(scan_job *job) {
             largest = vmax(largest, vabs(x));
             poison = poison + x * vset(0.0f);
         }
-        vstore(job->dt_limit + c, vset(125.0f) / largest + poison);
+        vstore(job->dt_limit + c, vset(120.0f) / largest + poison);
     }
 }
 
@@ -29,13 +29,13 @@ static void exp2_array(const float *x, float *y, int64_t count) {
         vstore_row(y, ZS_F32, i, count - i, vexp2(vload_row(x, ZS_F32, i, count - i)));
 }
 
-static void exp2_bounded_array(const float *x, float *y, int64_t count) {
+static void decays_array(const float *x, float *y, int64_t count) {
     const vec one = vset(1.0f);
     int64_t i = 0;
     for (; i + 4 * LANES <= count; i += 4 * LANES)
-        for (int64_t j = i; j < i + 4 * LANES; j += LANES) vstore(y + j, vexp2_product(vload(x + j), one));
+        for (int64_t j = i; j < i + 4 * LANES; j += LANES) vstore(y + j, vdecay(vload(x + j), one));
     for (; i < count; i += LANES)
-        vstore_row(y, ZS_F32, i, count - i, vexp2_product(vload_row(x, ZS_F32, i, count - i), one));
+        vstore_row(y, ZS_F32, i, count - i, vdecay(vload_row(x, ZS_F32, i, count - i), one));
 }
 
 const zs_kernels VARIANT = {
@@ -51,5 +51,5 @@ const zs_kernels VARIANT = {
     .norm_rows = norm_rows,
     .norm_rows_backward = norm_rows_backward,
     .exp2 = exp2_array,
-    .exp2_bounded = exp2_bounded_array,
+    .decays = decays_array,
 };

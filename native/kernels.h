@@ -15,7 +15,7 @@ typedef struct {
     int64_t units, chunks;          /* units per batch entry; chunks of the sequence */
     int64_t padded, states;         /* channels and states rounded up to whole vectors and blocks */
     float *A_packed;                /* [padded / lanes][states][lanes], times log2(e) */
-    float *dt_limit;                /* [padded]: |dt| below it gives |dt A log2(e)| < 125 for all states;
+    float *dt_limit;                /* [padded]: |dt| below it gives |dt A log2(e)| < 120 for all states;
                                      * NaN, which nothing is below, where A is not finite */
     float *BC_partial;              /* [b][units][l][2][n], sums over the channels of one unit */
     float *A_partial;               /* [b][padded / lanes][states][lanes] */
@@ -43,9 +43,9 @@ typedef struct {
     void (*conv_backward)(const conv_job *, int64_t batch, int64_t unit, int64_t units, float *workspace);
     void (*norm_rows)(const zs_norm_args *, int64_t batch, int64_t block, float *workspace);
     void (*norm_rows_backward)(const zs_norm_args *, int64_t batch, int64_t block, float *workspace, float *sums);
-    /* 2^x for the accuracy test, and for |x| < 125 as the scan nearly always computes it, the floor of its time */
+    /* 2^x, and the same as a decay, where |x| < 120: for tests of accuracy and for the floor of the scan's time */
     void (*exp2)(const float *x, float *y, int64_t count);
-    void (*exp2_bounded)(const float *x, float *y, int64_t count);
+    void (*decays)(const float *x, float *y, int64_t count);
 } zs_kernels;
 
 /* Sums that one block of rows adds to, each a padded row: d_gate, d_scale, d_shift, d_weight, d_bias. */

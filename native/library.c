@@ -24,12 +24,12 @@ EXPORT const char *zs_instruction_set(const char *name) {
     return kernels ? kernels->name : NULL;
 }
 
-/* bounded: how many times to compute it as for |x| < 125; 0 is once, for any x. */
-EXPORT int64_t zs_exp2(const char *instruction_set, const float *x, float *y, int64_t count, int64_t bounded) {
+/* y = 2^x. as_decays: how many times to compute it as the scan does where |x| < 120; 0 is once, for any x. */
+EXPORT int64_t zs_exp2(const char *instruction_set, const float *x, float *y, int64_t count, int64_t as_decays) {
     const zs_kernels *kernels = find_kernels(instruction_set);
     if (!kernels) return ZS_UNSUPPORTED;
-    if (!bounded) kernels->exp2(x, y, count);
-    for (int64_t time = 0; time < bounded; time++) kernels->exp2_bounded(x, y, count);
+    if (!as_decays) kernels->exp2(x, y, count);
+    for (int64_t time = 0; time < as_decays; time++) kernels->decays(x, y, count);
     return ZS_OK;
 }
 

@@ -6,9 +6,9 @@
 #include "scan_kernel.h"
 
 /* The recurrence of `recur` again, for BLOCK states, keeping what backward needs of every step:
- *   decays: exp(dt_k A) (given if DECAYS_FIRST),  decayed: exp(dt_k A) s_{k-1},  both [step][BLOCK]
+ *   decays: exp(dt_k A) (given if BACKWARD_DECAYS_FIRST),  decayed: exp(dt_k A) s_{k-1},  both [step][BLOCK]
  * and adding dC_k = sum over channels of dy_k s_k to dC. */
-INLINE void recompute(int small, int64_t n, int64_t steps, const float *A, const float *B, const float *C, const float *dt,
+INLINE void recompute(exponential how, int64_t n, int64_t steps, const float *A, const float *B, const float *C, const float *dt,
                       const float *dtu, const float *dy, const float *state, float *decays, float *decayed,
                       float *y, float *dC) {
     vec s[BLOCK];
@@ -19,8 +19,8 @@ INLINE void recompute(int small, int64_t n, int64_t steps, const float *A, const
 #pragma GCC unroll 8
         for (int64_t i = 0; i < BLOCK; i++) {
             float *place = decays + (k * BLOCK + i) * LANES;
-            vec decay = DECAYS_FIRST ? vload(place) : decay_of(small, t, vload(A + i * LANES));
-            if (!DECAYS_FIRST) vstore(place, decay);
+            vec decay = BACKWARD_DECAYS_FIRST ? vload(place) : decay_of(how, t, vload(A + i * LANES));
+            if (!BACKWARD_DECAYS_FIRST) vstore(place, decay);
             s[i] = decay * s[i];
             vstore(decayed + (k * BLOCK + i) * LANES, s[i]);
             s[i] = vfma(x, vset(B[k * n + i]), s[i]);
@@ -126,12 +126,12 @@ static void backward_vector(const scan_job *job, const place *p, int64_t channel
     const int small = decays_are_small(job, w->dt, size, channel);
     for (int64_t i = 0; i < n; i += BLOCK) {
         const int64_t b = i * LANES;
-        if (DECAYS_FIRST) compute_decays(p->steps, small, A + b, w->dt, w->decays);
-        if (small || DECAYS_FIRST) /* as in forward_vector */
-            recompute(1, n, p->steps, A + b, B + i, C + i, w->dt, w->dtu, w->dy, start + b, w->decays, w->decayed,
+        if (BACKWARD_DECAYS_FIRST) compute_decays(p->steps, small, A + b, w->dt, w->decays);
+        if (small || BACKWARD_DECAYS_FIRST) /* as in forward_vector */
+            recompute(SMALL, n, p->steps, A + b, B + i, C + i, w->dt, w->dtu, w->dy, start + b, w->decays, w->decayed,
                       w->y, dC + i);
         else
-            recompute(0, n, p->steps, A + b, B + i, C + i, w->dt, w->dtu, w->dy, start + b, w->decays, w->decayed,
+            recompute(ANY, n, p->steps, A + b, B + i, C + i, w->dt, w->dtu, w->dy, start + b, w->decays, w->decayed,
                       w->y, dC + i);
         recur_backward(n, p->steps, A + b, B + i, C + i, w->dt, w->dtu, w->dy, w->decays, w->decayed, carry + b,
                        dA + b, dB + i, w->gB, w->hA);

@@ -67,8 +67,19 @@ static void look_ahead(const zs_scan_args *a, const place *p, int64_t channel, a
     }
 }
 
-/* decays: exp(dt_k A) as [step][BLOCK], for one chunk of one vector of channels and BLOCK of its n states. small: no
- * |dt_k A| is beyond what vexp2_product takes. */
+/* Whether no |dt A log2(e)| of a vector of channels is beyond what vdecay and vexp2_product take. */
+static int decays_are_small(const scan_job *job, const float *dt, int64_t size, int64_t channel) {
+    return vall_below(dt, size, vload(job->dt_limit + channel));
+}
+
+/* How exp(dt A) is computed: for any product, for a small one (above), or faster and a little less exact for such a one:
+ * in forward, but not in backward, where dA sums up what it is off by. */
+typedef enum { ANY, SMALL, FAST } exponential;
+INLINE vec decay_of(exponential how, vec t, vec a) {
+    return how == FAST ? vdecay(t, a) : how == SMALL ? vexp2_product(t, a) : vexp2(t * a);
+}
+
+/* decays: exp(dt_k A) as [step][BLOCK], for one chunk of one vector of channels and BLOCK of its n states. */
 INLINE void compute_decays(int64_t steps, int small, const float *A, const float *dt, float *decays) {
     const int64_t stride = BLOCK * LANES;
     for (int64_t i = 0; i < BLOCK; i++) {
@@ -76,28 +87,21 @@ INLINE void compute_decays(int64_t steps, int small, const float *A, const float
         float *to = decays + i * LANES;
         if (small) {
 #pragma GCC unroll 4
-            for (int64_t k = 0; k < steps; k++) vstore(to + k * stride, vexp2_product(vload(dt + k * LANES), a));
+            for (int64_t k = 0; k < steps; k++) vstore(to + k * stride, decay_of(SMALL, vload(dt + k * LANES), a));
         } else {
-            for (int64_t k = 0; k < steps; k++) vstore(to + k * stride, vexp2(vload(dt + k * LANES) * a));
+            for (int64_t k = 0; k < steps; k++) vstore(to + k * stride, decay_of(ANY, vload(dt + k * LANES), a));
         }
     }
 }
 
-static int decays_are_small(const scan_job *job, const float *dt, int64_t size, int64_t channel) {
-    return vall_below(dt, size, vload(job->dt_limit + channel));
-}
-
-/* exp(t A); small as in compute_decays. */
-INLINE vec decay_of(int small, vec t, vec a) { return small ? vexp2_product(t, a) : vexp2(t * a); }
-
 /* How many exponentials stand before the steps that use them. The longer they wait for each other, the more of them an
- * out-of-order processor has to hold; but 16 registers have room for one. */
-enum { AT_ONCE = DECAYS_FIRST || LANES < 16 ? 1 : BLOCK };
+ * out-of-order processor has to hold; but 16 registers have room for few. */
+enum { AT_ONCE = FORWARD_DECAYS_FIRST || LANES < 8 ? 1 : LANES / 2 };
 
 /* s_k = exp(dt_k A) s_{k-1} + dt_k B_k u_k and y_k += <s_k, C_k>, over one chunk of one vector of channels and
- * BLOCK of its n states. The decays are given if DECAYS_FIRST. At each step the rows of the next unit are asked for,
- * `line` bytes from their start: between the exponentials there is time to wait for memory. */
-INLINE void recur(int small, int64_t n, int64_t steps, const float *A, const float *B, const float *C,
+ * BLOCK of its n states. The decays are given if FORWARD_DECAYS_FIRST. At each step the rows of the next unit are asked
+ * for, `line` bytes from their start: between the exponentials there is time to wait for memory. */
+INLINE void recur(exponential how, int64_t n, int64_t steps, const float *A, const float *B, const float *C,
                   const float *dt, const float *dtu, const float *decays, float *state, float *y, const ahead *next,
                   int64_t line) {
     vec s[BLOCK];
@@ -111,7 +115,8 @@ INLINE void recur(int small, int64_t n, int64_t steps, const float *A, const flo
 #pragma GCC unroll 8
             for (int64_t j = 0; j < AT_ONCE; j++) {
                 const int64_t i = from + j;
-                decay[j] = DECAYS_FIRST ? vload(decays + (k * BLOCK + i) * LANES) : decay_of(small, t, vload(A + i * LANES));
+                decay[j] = FORWARD_DECAYS_FIRST ? vload(decays + (k * BLOCK + i) * LANES)
+                                                : decay_of(how, t, vload(A + i * LANES));
             }
 #pragma GCC unroll 8
             for (int64_t j = 0; j < AT_ONCE; j++) {
@@ -213,12 +218,13 @@ static void forward_states(const scan_job *job, const place *p, int64_t channel,
     const int small = decays_are_small(job, dt, steps * LANES, channel);
     for (int64_t i = 0; i < n; i += BLOCK) {
         const float *A = job->A_packed + channel * n + i * LANES;
-        if (DECAYS_FIRST) compute_decays(steps, small, A, dt, decays);
-        /* Each call is compiled for its own kind of exponential; where the decays are given there is one kind. */
-        if (small || DECAYS_FIRST)
-            recur(1, n, steps, A, B + i, C + i, dt, dtu, decays, state + i * LANES, y, next, line);
+        if (FORWARD_DECAYS_FIRST) compute_decays(steps, small, A, dt, decays);
+        /* Each call is compiled for its own exponential; where the decays are given there is one call. */
+        float *s = state + i * LANES;
+        if (small || FORWARD_DECAYS_FIRST)
+            recur(FAST, n, steps, A, B + i, C + i, dt, dtu, decays, s, y, next, line);
         else
-            recur(0, n, steps, A, B + i, C + i, dt, dtu, decays, state + i * LANES, y, next, line);
+            recur(ANY, n, steps, A, B + i, C + i, dt, dtu, decays, s, y, next, line);
     }
 }
 

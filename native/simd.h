@@ -8,8 +8,11 @@
  *   vload_bf16, vstore_bf16: rounds to nearest even; a NaN stays a NaN
  *   vexp2: 2^x, relative error below 1.2e-7, exact at 0; a NaN passes through
  *   vexp2_product(a, b) = 2^(a b) for |a b| < 126, not NaN
+ *   vdecay(a, b): the same for |a b| < 121 and factors of a state, where it counts how far off they are beside 1: at most
+ *     3e-7 for a b <= 0; exact at 0
  *   vall_below(p, count, limit): whether the magnitude of p[0 .. count - 1] is below limit, in every lane
- *   DECAYS_FIRST: whether the scan computes the decays of a chunk before its recurrence, or within
+ *   FORWARD_DECAYS_FIRST, BACKWARD_DECAYS_FIRST: whether the decays of a chunk are computed before its recurrence, or
+ *     within
  *   vreciprocal(x) = 1 / x for x in [1, 2^125]
  *   vadd_sums8(to, v): to[i] += sum of the lanes of v[i], i = 0 .. 7
  *   vprefetch: into the second-level cache */

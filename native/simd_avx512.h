@@ -6,7 +6,8 @@
 
 #define SIMD_NAME "avx512"
 #define LANES 16
-#define DECAYS_FIRST 0
+#define FORWARD_DECAYS_FIRST 0
+#define BACKWARD_DECAYS_FIRST 0
 typedef __m512 vec;
 
 INLINE vec vset(float x) { return _mm512_set1_ps(x); }
@@ -58,6 +59,27 @@ INLINE vec vexp2_product(vec a, vec b) {
 }
 
 INLINE vec vexp2(vec x) { return vexp2_product(x, vset(1.0f)); }
+
+/* The same with one instruction less, and they are what a scan waits for. 2^r = c ((r + b)^2 + d), b close to 1/log(2):
+ * f is f - b from the start, c is in the table. b is no multiple of 1/32, so no constant gives f - b by a subtraction; a
+ * factor just below 1 of the whole sum does, exact at f = 0. scalef takes the integer part of f - b, which is one or two
+ * less than that of f, as the table knows. Off by what r + b, of a fixed magnitude, loses: at most 2.2e-7 beside 1, where
+ * vexp2_product is off by 1e-7. */
+INLINE vec vdecay(vec a, vec b) {
+    const vec table[2] = {
+        _mm512_setr_ps(0.960909247f, 0.981950402f, 1.0034523f, 1.02542508f, 1.04787898f, 1.0708245f, 1.09427249f,
+                       1.11823392f, 1.1427201f, 1.16774237f, 1.19331264f, 1.21944284f, 1.24614513f, 1.27343214f,
+                       1.30131662f, 0.664905906f),
+        _mm512_setr_ps(0.679465473f, 0.694343805f, 0.709547937f, 0.72508502f, 0.740962327f, 0.757187307f, 0.773767531f,
+                       0.790710807f, 0.808025122f, 0.825718582f, 0.843799472f, 0.862276256f, 0.881157637f, 0.900452495f,
+                       0.92016983f, 0.940318942f),
+    };
+    const vec shift = vset(305863.0f); /* between 2^18 and 2^19, as above; b = 305863 / 2^23 + 1.40625 */
+    vec sum = vfma(a, b, shift), f = _mm512_fmsub_ps(sum, vset(0x1.fffffcp-1f), vset(305863.0f + 1.40625f));
+    vec power = _mm512_permutex2var_ps(table[0], _mm512_castps_si512(sum), table[1]);
+    vec root = _mm512_fmsub_ps(a, b, f);
+    return _mm512_scalef_ps(vfma(root, root, vset(2.08130693f)) * power, f);
+}
 
 INLINE int vall_below(const float *p, int64_t count, vec limit) {
     __mmask16 below = 0xffff;

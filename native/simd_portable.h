@@ -6,7 +6,7 @@
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #define SIMD_NAME "sse2"
-#define DECAYS_FIRST 1
+#define DECAYS_FIRST 1 /* 16 registers do not hold the states and what an exponential needs */
 #elif defined(__ARM_NEON) && defined(__aarch64__)
 #include <arm_neon.h>
 #define SIMD_NAME "neon"
@@ -14,6 +14,8 @@
 #else
 #error "compile this file for x86-64 or arm64"
 #endif
+#define FORWARD_DECAYS_FIRST DECAYS_FIRST
+#define BACKWARD_DECAYS_FIRST DECAYS_FIRST
 
 #define LANES 4
 typedef float vec __attribute__((vector_size(16)));
@@ -88,6 +90,8 @@ INLINE vec vexp2_product(vec a, vec b) {
     vec x = a * b, sum = x + shift;
     return (vec)((vwords)vexp2_fraction(x - (sum - shift)) + ((vwords)sum << 23));
 }
+
+INLINE vec vdecay(vec a, vec b) { return vexp2_product(a, b); }
 
 INLINE int vall_below(const float *p, int64_t count, vec limit) {
     vbits below = limit == limit;

@@ -208,16 +208,21 @@ def test_a_nan_is_not_hidden(backend):
     assert torch.equal(out.isnan(), expected)
 
 
-def test_long_memory(backend):
-    """Decays close to 1 compound over thousands of steps, where a biased exponential would drift."""
+@pytest.mark.parametrize("steps", ["constant", "varying"])
+def test_long_memory(backend, steps):
+    """Decays close to 1 compound over thousands of steps: a bias of the exponential drifts, and where the step size stays
+    the same so does every rounding, of which the native kernel has more (docs/performance.md)."""
     inputs = draw_inputs(1, 4096, 16, 4, without=("z", "D", "delta_bias"))
-    inputs["delta"] = torch.full_like(inputs["delta"], 1e-3)
-    inputs["A"] = -torch.rand(16, 4, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    factor = 1.0 if steps == "constant" else 0.5 + torch.rand(inputs["delta"].shape, generator=generator)
+    inputs["delta"] = torch.full_like(inputs["delta"], 1e-3) * factor
+    inputs["A"] = -torch.rand(16, 4, generator=generator)
     exact = {name: None if t is None else t.double() for name, t in inputs.items()}
     got = selective_scan(**inputs, delta_softplus=False, backend=backend)
     want = selective_scan(**exact, delta_softplus=False, backend="torch")
     error = ((got - want).abs().max() / want.abs().max()).item()
-    assert error <= 6e-5, error
+    limit = 2e-5 if steps == "varying" else 2e-4 if backend == "native" else 6e-5
+    assert error <= limit, error
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -134,12 +134,13 @@ class NativeLibrary:
         """Bytes of zs_scan_args, zs_conv_args and zs_norm_args as the library was compiled."""
         return tuple(self._structure_size(which) for which in range(3))
 
-    def exp2(self, instruction_set: str, x: Tensor, y: Tensor, bounded: int = 0) -> None:
+    def exp2(self, instruction_set: str, x: Tensor, y: Tensor, as_decays: int = 0) -> None:
         """y = 2^x by the kernels' own exponential; contiguous float32. For tests of its accuracy and its time.
 
-        bounded: how many times to compute it as the scan does where |x| < 125, which is nearly always; 0: for any x.
+        as_decays: how many times to compute it as the scan does where |x| < 120, which is nearly always; 0: once,
+            for any x.
         """
-        self._exp2(instruction_set.encode(), x.data_ptr(), y.data_ptr(), x.numel(), bounded)
+        self._exp2(instruction_set.encode(), x.data_ptr(), y.data_ptr(), x.numel(), as_decays)
 
     def use_huge_pages(self, fresh: Tensor) -> Tensor:
         """The same tensor, its memory asked for in large pages: for a new one that will be written whole."""

@@ -210,8 +210,9 @@ def test_a_nan_is_not_hidden(backend):
 
 @pytest.mark.parametrize("steps", ["constant", "varying"])
 def test_long_memory(backend, steps):
-    """Decays close to 1 compound over thousands of steps: a bias of the exponential drifts, and where the step size stays
-    the same so does every rounding, of which the native kernel has more (docs/performance.md)."""
+    """Decays close to 1 compound over thousands of steps: a bias of the exponential drifts, and where the step size
+    stays the same so does every rounding, of which the native kernel has more (docs/performance.md).
+    """
     inputs = draw_inputs(1, 4096, 16, 4, without=("z", "D", "delta_bias"))
     generator = torch.Generator().manual_seed(0)
     factor = 1.0 if steps == "constant" else 0.5 + torch.rand(inputs["delta"].shape, generator=generator)

@@ -277,7 +277,7 @@ def test_exponential(library, instruction_set):
 
 
 def test_decays(library, instruction_set):
-    """Two units in the last place beside 1 and more where little is left; 1 exactly at 0; no bias where they compound."""
+    """Some units in the last place beside 1, more where little is left; 1 exactly at 0; little bias near it."""
     def decay(x):
         x, y = x.float().contiguous(), torch.empty(x.numel())
         library.exp2(instruction_set, x, y, as_decays=True)

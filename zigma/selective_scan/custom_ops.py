@@ -48,6 +48,8 @@ def selective_scan(
     if operators_are_looked_at(*inputs):
         # `keep` is decided here and not by the backend, which runs below autograd and cannot know.
         operator, keep = getattr(torch.ops, NAMESPACE).selective_scan, gradients_wanted(inputs)
+        if transformed():
+            operator, keep = _TransformedScan.apply, True
         return operator(*inputs, delta_softplus, input_order, output_order, keep, backend)[0]
     module = BACKENDS[backend]
     check_permutations(input_order, output_order)
@@ -68,7 +70,8 @@ def conv1d_silu(
     overwrite_x: where nobody wants gradients and there is no order, a backend may return x, written over.
     """
     if operators_are_looked_at(x, weight, bias):
-        return getattr(torch.ops, NAMESPACE).conv1d_silu(x, weight, bias, order, backend)
+        operator = _TransformedConv.apply if transformed() else getattr(torch.ops, NAMESPACE).conv1d_silu
+        return operator(x, weight, bias, order, backend)
     module = BACKENDS[backend]
     if overwrite_x and order is None and _rows_lie_apart(x) and hasattr(module, "conv_over_x"):
         module.conv_over_x(x, weight, bias)
@@ -105,6 +108,14 @@ def operators_are_looked_at(*inputs: Tensor | None) -> bool:
         )
     except AttributeError:  # of another torch, which has these things under other names
         return True
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func is at work (grad, vmap, ...), which asks more of an operator than autograd."""
+    try:
+        return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+    except AttributeError:  # of another torch
+        return False
 
 
 def _refuse_tangents(inputs) -> None:
@@ -189,6 +200,42 @@ def _conv_autograd(ctx, d_out):
     return d_x, d_weight, None if bias is None else d_bias, None, None
 
 
+class _TransformedScan(torch.autograd.Function):
+    """The operator for torch.func.grad and its like, which do not take the backward that is registered with it."""
+
+    generate_vmap_rule = True
+    setup_context, backward = staticmethod(_scan_setup), staticmethod(_scan_autograd)
+
+    @staticmethod
+    def forward(*arguments):
+        return getattr(torch.ops, NAMESPACE).selective_scan(*arguments)
+
+
+class _TransformedConv(torch.autograd.Function):
+    generate_vmap_rule = True
+    setup_context, backward = staticmethod(_conv_setup), staticmethod(_conv_autograd)
+
+    @staticmethod
+    def forward(*arguments):
+        return getattr(torch.ops, NAMESPACE).conv1d_silu(*arguments)
+
+
+def _one_by_one(operator):
+    """The rule for torch.func.vmap: each entry of the mapped dimension is a call of the operator."""
+
+    def rule(info, in_dims, *arguments):
+        def entry(i: int) -> list:
+            return [a if dim is None else a.select(dim, i) for a, dim in zip(arguments, in_dims, strict=True)]
+
+        results = [operator(*entry(i)) for i in range(info.batch_size)]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        kind = type(results[0])  # a tuple of the schema's outputs, or a list where it has one
+        return kind(torch.stack(parts) for parts in zip(*results, strict=True)), kind(0 for _ in results[0])
+
+    return rule
+
+
 # name: (implementation, shapes alone, what is kept for backward, backward)
 _OPERATORS = {
     "selective_scan": (_scan, _scan_fake, _scan_setup, _scan_autograd),
@@ -208,6 +255,8 @@ def _register() -> None:
         library.define(name + SCHEMAS[name])
         library.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(qualified, fake, lib=library)
+        if hasattr(torch.library, "register_vmap"):  # from torch 2.5 on
+            torch.library.register_vmap(qualified, _one_by_one(getattr(operators, name)), lib=library)
         if backward is not None:
             torch.library.register_autograd(qualified, backward, setup_context=setup, lib=library)
     operators.registered = library  # definitions end with this object, and modules come and go

@@ -7,7 +7,7 @@ A backend is a module with NAME and these functions; scan and conv as in custom_
     describe() -> str                   what exactly runs, for the log line
     states_shape(b, l, d, n)            shape of what scan_forward keeps for backward
     scan_forward, scan_backward, conv_forward, conv_backward
-    scan_over_delta                     optional: scan_forward without orders, its result in place of delta
+    scan_over, conv_over_x              optional: the result in the memory of an input that nobody needs any more
     norm_forward, norm_backward         optional: the pass between two mixers, as in stream.py
 """
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from .orders import check_permutations
 
@@ -31,11 +32,18 @@ def describe() -> str:
 
 @contextmanager
 def autograd_of_its_own(device_type: str) -> Iterator[None]:
-    """Where a self-test takes gradients, whatever surrounds the first use of a kernel: inference mode, autocast, or a
-    checkpointed block, whose hooks on saved tensors would run that block, and so the self-test, again.
+    """Where a self-test takes gradients, whatever surrounds the first use of a kernel: inference mode, autocast, a
+    transform of torch.func, or a checkpointed block, whose hooks on saved tensors would run that block, and so the
+    self-test, again.
     """
-    hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device_type, enabled=False), hooks:
+    hooks = nullcontext()
+    may_hook = getattr(torch._C._autograd, "_saved_tensors_hooks_is_enabled", lambda: True)
+    if may_hook():  # under torch.func.grad nobody may
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    with (
+        temporarily_clear_interpreter_stack(), torch.inference_mode(False), torch.enable_grad(),
+        torch.autocast(device_type, enabled=False), hooks,
+    ):  # fmt: skip
         yield
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .custom_ops import gradients_wanted, operators_are_looked_at
+from .custom_ops import gradients_wanted, operators_are_looked_at, transformed
 from .dispatch import BACKENDS, select_backend
 from .orders import check_permutations
 
@@ -68,7 +68,7 @@ def add_norm(
     shift, scale = modulation or (None, None)
     module = BACKENDS[select_backend(None, *stream, shift, scale)]
     arguments = (*stream, weight, bias, shift, scale, gather, eps, layer_norm, total, keep_norm)
-    if hasattr(module, "norm_forward") and not torch.compiler.is_compiling():
+    if hasattr(module, "norm_forward") and not torch.compiler.is_compiling() and not transformed():
         given = [t for t in arguments if isinstance(t, Tensor)]
         if hasattr(module, "norm_backward") or not gradients_wanted(given):
             check_permutations(gather)
@@ -134,4 +134,4 @@ class _GatherRows(torch.autograd.Function):
 
 def gather_rows(x: Tensor, order: Tensor) -> Tensor:
     """x (b, l, ...) -> x[:, order], order a permutation of its l rows."""
-    return _GatherRows.apply(x, order)
+    return x.index_select(1, order) if transformed() else _GatherRows.apply(x, order)

@@ -386,5 +386,5 @@ def test_nothing_is_loaded_at_import():
 
 def test_structures_have_the_size_of_the_interface(library):
     """Field by field the two sides must agree; the C side states its sizes."""
-    structures = (native_library.ScanArgs, native_library.ConvArgs, native_library.NormArgs)
-    assert library.structure_sizes() == tuple(ctypes.sizeof(structure) for structure in structures)
+    structures = (native_library.SCAN_ARGS, native_library.CONV_ARGS, native_library.NORM_ARGS)
+    assert library.structure_sizes() == tuple(structure.size for structure in structures)

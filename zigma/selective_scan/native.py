@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from . import native_library, reference
-from .native_library import ConvArgs, NativeLibrary, NativeUnavailable, NormArgs, Rows, ScanArgs
+from .native_library import CONV_ARGS, NORM_ARGS, SCAN_ARGS, NativeLibrary, NativeUnavailable
 
 NAME = "native"
 
+_ABSENT = (0, 0, 0, 0)  # rows
+_NO_GRADIENTS = 6 * _ABSENT + (0, 0, 0)  # the last nine fields of a scan
 _DTYPES = {torch.float32: native_library.FLOAT32, torch.bfloat16: native_library.BFLOAT16}
 
 
@@ -44,12 +46,15 @@ def _dense_rows(t: Tensor | None) -> Tensor | None:
     return t if t is None or t.shape[-1] <= 1 or t.stride(-1) == 1 else t.contiguous()
 
 
-def _rows(t: Tensor | None) -> Rows:
-    return Rows() if t is None else Rows(t.data_ptr(), t.stride(0), t.stride(1), _DTYPES[t.dtype])
+def _rows(t: Tensor | None) -> tuple[int, int, int, int]:
+    if t is None:
+        return _ABSENT
+    batch_stride, row_stride, _ = t.stride()
+    return t.data_ptr(), batch_stride, row_stride, _DTYPES[t.dtype]
 
 
-def _pointer(t: Tensor | None) -> int | None:
-    return None if t is None else t.data_ptr()
+def _pointer(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
 
 
 def _fresh(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -99,9 +104,8 @@ def _scan_into(
         _contiguous(t) for t in (A, D, delta_bias, input_order, output_order)
     )
     if out.numel():
-        args = _scan_args(u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_order, output_order, states)
-        args.out = _rows(out)
-        library.call("scan_forward", args)
+        inputs = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_order, output_order)
+        library.call("scan_forward", _scan_args(*inputs, out, states, _NO_GRADIENTS))
 
 
 def scan_backward(
@@ -123,22 +127,22 @@ def scan_backward(
             if t is not None:
                 t.zero_()
         return grads
-    args = _scan_args(u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_order, output_order, states)
-    args.d_out, args.d_u, args.d_delta, args.d_B, args.d_C, args.d_z = (
-        _rows(t) for t in (d_out, d_u, d_delta, d_B, d_C, d_z)
-    )
-    args.d_A, args.d_D, args.d_delta_bias = (_pointer(t) for t in (d_A, d_D, d_bias))
-    library.call("scan_backward", args)
+    gradients = [field for t in (d_out, d_u, d_delta, d_B, d_C, d_z) for field in _rows(t)]
+    gradients += (_pointer(t) for t in (d_A, d_D, d_bias))
+    args = (*inputs, delta_softplus, input_order, output_order, None, states, gradients)
+    library.call("scan_backward", _scan_args(*args))
     return grads
 
 
-def _scan_args(u, delta, A, B, C, D, z, bias, delta_softplus, input_order, output_order, states) -> ScanArgs:
-    args = ScanArgs(*u.shape, A.shape[1], int(delta_softplus), torch.get_num_threads())
-    args.input_order, args.output_order = _pointer(input_order), _pointer(output_order)
-    args.A, args.D, args.delta_bias = _pointer(A), _pointer(D), _pointer(bias)
-    args.u, args.delta, args.B, args.C, args.z = (_rows(t) for t in (u, delta, B, C, z))
-    args.checkpoints = _pointer(states) if states.numel() else None
-    return args
+def _scan_args(
+    u, delta, A, B, C, D, z, bias, delta_softplus, input_order, output_order, out, states, gradients
+) -> bytes:
+    return SCAN_ARGS.pack(
+        *u.shape, A.shape[1], delta_softplus, torch.get_num_threads(),
+        _pointer(input_order), _pointer(output_order), _pointer(A), _pointer(D), _pointer(bias),
+        *_rows(u), *_rows(delta), *_rows(B), *_rows(C), *_rows(z), *_rows(out),
+        states.data_ptr() if states.numel() else 0, *gradients,
+    )  # fmt: skip
 
 
 def conv_forward(x: Tensor, weight: Tensor, bias, order) -> Tensor:
@@ -156,8 +160,7 @@ def conv_over_x(x: Tensor, weight: Tensor, bias) -> None:
 def _conv_into(out: Tensor, x: Tensor, weight: Tensor, bias, order) -> None:
     x, weight, bias, order = _dense_rows(x), _contiguous(weight), _contiguous(bias), _contiguous(order)
     if out.numel():
-        args = _conv_args(x, weight, bias, order)
-        args.out = _rows(out)
+        args = _conv_args(x, weight, bias, order, _rows(out), _ABSENT, _ABSENT, 0, 0)
         native_library.load().call("conv_forward", args)
 
 
@@ -168,31 +171,27 @@ def conv_backward(d_out, x, weight, bias, order) -> tuple[Tensor, Tensor, Tensor
     d_x, d_weight = _fresh(x), weight.new_zeros(weight.shape)
     d_bias = None if bias is None else bias.new_zeros(bias.shape)
     if d_x.numel():
-        args = _conv_args(x, weight, bias, order)
-        args.d_out, args.d_x = _rows(d_out), _rows(d_x)
-        args.d_weight, args.d_bias = _pointer(d_weight), _pointer(d_bias)
-        native_library.load().call("conv_backward", args)
+        gradients = (_rows(d_out), _rows(d_x), _pointer(d_weight), _pointer(d_bias))
+        native_library.load().call("conv_backward", _conv_args(x, weight, bias, order, _ABSENT, *gradients))
     return d_x, d_weight, d_bias
 
 
-def _conv_args(x, weight, bias, order) -> ConvArgs:
-    args = ConvArgs(*x.shape, weight.shape[1], torch.get_num_threads())
-    args.order, args.weight, args.bias = _pointer(order), _pointer(weight), _pointer(bias)
-    args.x = _rows(x)
-    return args
+def _conv_args(x, weight, bias, order, out, d_out, d_x, d_weight, d_bias) -> bytes:
+    return CONV_ARGS.pack(
+        *x.shape, weight.shape[1], torch.get_num_threads(), _pointer(order), _pointer(weight), _pointer(bias),
+        *_rows(x), *out, *d_out, *d_x, d_weight, d_bias,
+    )  # fmt: skip
 
 
 def norm_forward(
     base, mix, gate, residual, weight, bias, shift, scale, gather, eps, layer_norm, total, keep_norm
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Arguments and results as in `stream.add_norm`."""
-    args, _held = _norm_args(base, mix, gate, residual, weight, bias, shift, scale, gather, eps, layer_norm)
     x = None if total is None else _fresh(base, dtype=total)
     normed = _fresh(base) if keep_norm else None
     modulated = None if scale is None else _fresh(base)
-    if base.numel():
-        args.total, args.normed, args.modulated = _rows(x), _rows(normed), _rows(modulated)
-        native_library.load().call("norm_forward", args)
+    inputs = (base, mix, gate, residual, weight, bias, shift, scale, gather, eps, layer_norm)
+    _run_norm("norm_forward", *inputs, (x, normed, modulated), (None,) * 6, (None,) * 5)
     return x, normed, modulated
 
 
@@ -201,30 +200,29 @@ def norm_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients for base, mix, gate, residual, weight, bias, shift and scale, each in its input's dtype."""
     inputs = (base, mix, gate, residual, weight, bias, shift, scale)
-    args, _held = _norm_args(*inputs, gather, eps, layer_norm)
     d_x, d_mix, d_residual = (None if t is None else _fresh(t) for t in (base, mix, residual))
     sums = [None if t is None else torch.zeros(t.shape, device=t.device) for t in (gate, weight, bias, shift, scale)]
     d_gate, d_weight, d_bias, d_shift, d_scale = sums
-    if base.numel():
-        outputs = [_dense_rows(t) for t in (d_total, d_normed, d_modulated)]
-        args.d_total, args.d_normed, args.d_modulated = (_rows(t) for t in outputs)
-        args.d_x, args.d_mix, args.d_residual = _rows(d_x), _rows(d_mix), _rows(d_residual)
-        args.d_gate, args.d_scale, args.d_shift = _pointer(d_gate), _pointer(d_scale), _pointer(d_shift)
-        args.d_weight, args.d_bias = _pointer(d_weight), _pointer(d_bias)
-        native_library.load().call("norm_backward", args)
+    d_rows = (*(_dense_rows(t) for t in (d_total, d_normed, d_modulated)), d_x, d_residual, d_mix)
+    d_sums = (d_gate, d_scale, d_shift, d_weight, d_bias)
+    _run_norm("norm_backward", *inputs, gather, eps, layer_norm, (None,) * 3, d_rows, d_sums)
     grads = (d_x, d_mix, d_gate, d_residual, d_weight, d_bias, d_shift, d_scale)
     return tuple(None if g is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=True))
 
 
-def _norm_args(base, mix, gate, residual, weight, bias, shift, scale, gather, eps, layer_norm):
-    """The inputs as the kernel takes them, and the tensors that have to live as long."""
-    rows = [_dense_rows(t) for t in (base, mix, gate, residual, shift, scale)]
+def _run_norm(
+    name: str, base, mix, gate, residual, weight, bias, shift, scale, gather, eps, layer_norm, outputs, d_rows, d_sums
+) -> None:
+    if not base.numel():
+        return
+    rows = [_dense_rows(t) for t in (base, mix, gate, residual, scale, shift)]
     weight, bias = (None if t is None else t.float().contiguous() for t in (weight, bias))
     gather = _contiguous(gather)
-    args = NormArgs(*base.shape, torch.get_num_threads(), int(layer_norm), eps)
-    args.gather, args.weight, args.bias = _pointer(gather), _pointer(weight), _pointer(bias)
-    args.base, args.mix, args.gate, args.residual, args.shift, args.scale = (_rows(t) for t in rows)
-    return args, (rows, weight, bias, gather)
+    args = NORM_ARGS.pack(
+        *base.shape, torch.get_num_threads(), layer_norm, eps, _pointer(gather), _pointer(weight), _pointer(bias),
+        *(field for t in (*rows, *outputs, *d_rows) for field in _rows(t)), *map(_pointer, d_sums),
+    )  # fmt: skip
+    native_library.load().call(name, args)
 
 
 def self_test(library: NativeLibrary) -> str | None:

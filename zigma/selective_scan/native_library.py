@@ -10,10 +10,11 @@ import ctypes
 import hashlib
 import os
 import platform
+import struct
 import sys
 import sysconfig
 import threading
-from ctypes import POINTER, Structure, byref, c_char_p, c_double, c_int64, c_void_p
+from ctypes import c_char_p, c_int64, c_void_p
 from pathlib import Path
 
 import torch
@@ -34,53 +35,33 @@ LIBRARIES = {
 }
 
 
-class Rows(Structure):
-    """zs_rows: a (b, l, width) tensor with a contiguous last dimension; strides in elements."""
-
-    _fields_ = (
-        ("data", c_void_p),
-        ("batch_stride", c_int64),
-        ("row_stride", c_int64),
-        ("dtype", c_int64),
-    )
-
-
-class ScanArgs(Structure):
-    """zs_scan_args."""
-
-    _fields_ = (
-        *((name, c_int64) for name in ("batch", "length", "channels", "states", "delta_softplus", "threads")),
-        *((name, c_void_p) for name in ("input_order", "output_order", "A", "D", "delta_bias")),
-        *((name, Rows) for name in ("u", "delta", "B", "C", "z", "out")),
-        ("checkpoints", c_void_p),
-        *((name, Rows) for name in ("d_out", "d_u", "d_delta", "d_B", "d_C", "d_z")),
-        *((name, c_void_p) for name in ("d_A", "d_D", "d_delta_bias")),
-    )
-
-
-class ConvArgs(Structure):
-    """zs_conv_args."""
-
-    _fields_ = (
-        *((name, c_int64) for name in ("batch", "length", "channels", "width", "threads")),
-        *((name, c_void_p) for name in ("order", "weight", "bias")),
-        *((name, Rows) for name in ("x", "out", "d_out", "d_x")),
-        *((name, c_void_p) for name in ("d_weight", "d_bias")),
-    )
-
-
-class NormArgs(Structure):
-    """zs_norm_args."""
-
-    _fields_ = (
-        *((name, c_int64) for name in ("batch", "length", "width", "threads", "layer_norm")),
-        ("eps", c_double),
-        *((name, c_void_p) for name in ("gather", "weight", "bias")),
-        *((name, Rows) for name in ("base", "mix", "gate", "residual", "scale", "shift")),
-        *((name, Rows) for name in ("total", "normed", "modulated")),
-        *((name, Rows) for name in ("d_total", "d_normed", "d_modulated", "d_x", "d_residual", "d_mix")),
-        *((name, c_void_p) for name in ("d_gate", "d_scale", "d_shift", "d_weight", "d_bias")),
-    )
+# The structures of native/scan.h, field by field, as `struct` packs their values. (To set the fields of a
+# ctypes.Structure takes three times as long, which a small model feels.) Rows are a (b, l, width) tensor with a
+# contiguous last dimension: its address, the strides of its first two in elements, its dtype. A pointer of 0 is absent.
+INTEGER, NUMBER, POINTER, ROWS = "q", "d", "P", "Pqqq"
+SCAN_ARGS = struct.Struct(
+    INTEGER * 6  # batch, length, channels, states, delta_softplus, threads
+    + POINTER * 5  # input_order, output_order, A, D, delta_bias
+    + ROWS * 6  # u, delta, B, C, z, out
+    + POINTER  # checkpoints
+    + ROWS * 6  # d_out, d_u, d_delta, d_B, d_C, d_z
+    + POINTER * 3  # d_A, d_D, d_delta_bias
+)
+CONV_ARGS = struct.Struct(
+    INTEGER * 5  # batch, length, channels, width, threads
+    + POINTER * 3  # order, weight, bias
+    + ROWS * 4  # x, out, d_out, d_x
+    + POINTER * 2  # d_weight, d_bias
+)
+NORM_ARGS = struct.Struct(
+    INTEGER * 5  # batch, length, width, threads, layer_norm
+    + NUMBER  # eps
+    + POINTER * 3  # gather, weight, bias
+    + ROWS * 6  # base, mix, gate, residual, scale, shift
+    + ROWS * 3  # total, normed, modulated
+    + ROWS * 6  # d_total, d_normed, d_modulated, d_x, d_residual, d_mix
+    + POINTER * 5  # d_gate, d_scale, d_shift, d_weight, d_bias
+)
 
 
 class NativeUnavailable(RuntimeError):
@@ -104,15 +85,14 @@ class NativeLibrary:
         self._use_huge_pages = self._bind("zs_use_huge_pages", [c_void_p, c_int64], None)
         self._lend_threads = self._bind("zs_lend_threads", [c_void_p], None)
         self._structure_size = self._bind("zs_structure_size", [c_int64])
-        scan, conv = [c_char_p, POINTER(ScanArgs)], [c_char_p, POINTER(ConvArgs)]
-        norm = [c_char_p, POINTER(NormArgs)]
+        pointers = [c_char_p, c_char_p]  # the instruction set, a packed structure
         self._calls = {
-            "scan_forward": self._bind("zs_scan_forward", scan),
-            "scan_backward": self._bind("zs_scan_backward", scan),
-            "conv_forward": self._bind("zs_conv_forward", conv),
-            "conv_backward": self._bind("zs_conv_backward", conv),
-            "norm_forward": self._bind("zs_norm_forward", norm),
-            "norm_backward": self._bind("zs_norm_backward", norm),
+            "scan_forward": self._bind("zs_scan_forward", pointers),
+            "scan_backward": self._bind("zs_scan_backward", pointers),
+            "conv_forward": self._bind("zs_conv_forward", pointers),
+            "conv_backward": self._bind("zs_conv_backward", pointers),
+            "norm_forward": self._bind("zs_norm_forward", pointers),
+            "norm_backward": self._bind("zs_norm_backward", pointers),
         }
         if not self.instruction_sets():
             raise NativeUnavailable(f"{path} holds nothing that this CPU runs; {REBUILD}")
@@ -155,10 +135,12 @@ class NativeLibrary:
         """
         self._lend_threads(team)
 
-    def call(self, name: str, args: ScanArgs | ConvArgs | NormArgs) -> None:
-        status = self._calls[name](self.instruction_set.encode(), byref(args))
+    def call(self, name: str, args: bytes) -> None:
+        """Runs a kernel on its packed structure, which holds the addresses of tensors that live until it returns."""
+        status = self._calls[name](self.instruction_set.encode(), args)
         if status == BAD_ORDER:
-            raise ValueError(f"selective scan: the token order is not a permutation of 0 to {args.length - 1}")
+            _batch, length = struct.unpack_from(INTEGER * 2, args)
+            raise ValueError(f"selective scan: the token order is not a permutation of 0 to {length - 1}")
         if status == NO_MEMORY:
             raise MemoryError(f"selective scan: no memory for the workspace of {name}; use a smaller batch")
         if status != OK:

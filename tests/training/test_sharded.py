@@ -22,7 +22,7 @@ from zigma.sampling import sample
 from zigma.training import sharded
 from zigma.training.adapters import load_adapters
 from zigma.training.outputs import export
-from zigma.training.processes import OneProcess
+from zigma.training.processes import OneProcess, find_processes
 from zigma.training.run_folder import RunFolder
 
 HERE = Path(__file__).resolve().parent
@@ -289,6 +289,27 @@ def test_what_does_not_go_together_is_one_sentence(runs, monkeypatch):
         with pytest.raises(ValueError, match=words):
             sharded.ShardedProcesses()
         monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "configured for DeepSpeed, expected MULTI_GPU or FSDP version 2"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "True"}, "configured for Megatron-LM"),
+        ({"PARALLELISM_CONFIG_TP_SIZE": "2"}, "has tp_size 2, expected none of them or dp_shard_size alone"),
+        (
+            {"PARALLELISM_CONFIG_DP_SHARD_SIZE": "2", "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2"},
+            "has dp_replicate_size 2 and dp_shard_size 2",
+        ),
+    ],
+)
+def test_other_ways_to_share_the_work_are_refused(variables, words, monkeypatch):
+    """accelerate would set some of them up and leave the others out without a word."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=words):
+        find_processes("cpu")
 
 
 def test_the_parts_of_all_processes_are_the_whole():

@@ -45,14 +45,45 @@ def pick_device(name: str) -> torch.device:
 
 
 def find_processes(device: str) -> OneProcess:
-    """Many, if a launcher says that this process is one of several; with sharded weights, if accelerate says so."""
+    """Many, if a launcher says that this process is one of several; with sharded weights, if accelerate says so.
+
+    Raises:
+        ValueError: torch cannot use the device, or accelerate is configured for another way to share the work.
+        ImportError: accelerate is not installed.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
         return OneProcess(pick_device(device))
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+    _refuse_other_ways()
+    if _is_chosen("FSDP"):
         from .sharded import ShardedProcesses
 
         return ShardedProcesses()
     return ManyProcesses()
+
+
+def _is_chosen(way: str) -> bool:
+    """By accelerate's configuration, of which `accelerate launch` makes variables."""
+    return os.environ.get(f"ACCELERATE_USE_{way}", "").lower() == "true"
+
+
+def _refuse_other_ways() -> None:
+    for way, name in (("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Megatron-LM")):
+        if _is_chosen(way):
+            raise ValueError(
+                f"accelerate is configured for {name}, expected MULTI_GPU or FSDP version 2: choose one of them in "
+                "`accelerate config`"
+            )
+    sizes = {
+        way: int(os.environ.get(f"PARALLELISM_CONFIG_{way.upper()}_SIZE", "1"))
+        for way in ("dp_replicate", "dp_shard", "tp", "cp", "sp")
+    }
+    chosen = [way for way, size in sizes.items() if size > 1]
+    if len(chosen) > 1 or (chosen and not chosen[0].startswith("dp_")):
+        asked = " and ".join(f"{way}_size {sizes[way]}" for way in chosen)
+        raise ValueError(
+            f"parallelism_config of accelerate's configuration has {asked}, expected none of them or dp_shard_size "
+            "alone: all processes either share out the pictures (MULTI_GPU) or the weights (FSDP version 2)"
+        )
 
 
 class OneProcess:

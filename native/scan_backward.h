@@ -8,9 +8,9 @@
 /* The recurrence of `recur` again, for BLOCK states, keeping what backward needs of every step:
  *   decays: exp(dt_k A) (given if BACKWARD_DECAYS_FIRST),  decayed: exp(dt_k A) s_{k-1},  both [step][BLOCK]
  * and adding dC_k = sum over channels of dy_k s_k to dC. */
-INLINE void recompute(exponential how, int64_t n, int64_t steps, const float *A, const float *B, const float *C, const float *dt,
-                      const float *dtu, const float *dy, const float *state, float *decays, float *decayed,
-                      float *y, float *dC) {
+INLINE void recompute(exponential how, int64_t n, int64_t steps, const float *A, const float *B, const float *C,
+                      const float *dt, const float *dtu, const float *dy, const float *state, float *decays,
+                      float *decayed, float *y, float *dC) {
     vec s[BLOCK];
     for (int64_t i = 0; i < BLOCK; i++) s[i] = vload(state + i * LANES);
     for (int64_t k = 0; k < steps; k++) {
@@ -127,7 +127,7 @@ static void backward_vector(const scan_job *job, const place *p, int64_t channel
     for (int64_t i = 0; i < n; i += BLOCK) {
         const int64_t b = i * LANES;
         if (BACKWARD_DECAYS_FIRST) compute_decays(p->steps, small, A + b, w->dt, w->decays);
-        if (small || BACKWARD_DECAYS_FIRST) /* as in forward_vector */
+        if (small || BACKWARD_DECAYS_FIRST) /* as in forward_states */
             recompute(SMALL, n, p->steps, A + b, B + i, C + i, w->dt, w->dtu, w->dy, start + b, w->decays, w->decayed,
                       w->y, dC + i);
         else

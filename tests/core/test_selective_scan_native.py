@@ -288,6 +288,8 @@ def test_decays(library, instruction_set):
     error = decay(x) - exact
     assert (error.abs() <= exact * (3e-7 + 1.5e-7 * x.abs())).all()
     assert error[x <= 0].abs().max() < 3e-7
+    if instruction_set not in ("avx512", "avx2"):  # which have a shorter exponential for them
+        assert (error / exact).abs().max() < 2e-7
     assert (decay(torch.tensor([0.0, -0.0, -1e-9])) == 1).all()
     for size in (1e-3, 1e-2, 1e-1):  # 1 - decay is what a state forgets
         x = -size * (0.5 + torch.rand(100_000, generator=torch.Generator().manual_seed(0)))

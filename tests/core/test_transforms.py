@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_model import inputs, tiny
 from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
 
-from zigma import ZigMa, ZigMaConfig
 from zigma.selective_scan import available_backends, dispatch, native_library, selective_scan
 
 # Of torch's own operators under vmap; of ours it would be a rule that is missing.
@@ -15,21 +15,18 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*torch.jit.script.*:DeprecationWarning",
 )  # fmt: skip
 MODELS = {
-    "orders": {"scan_type": "zigzagN8"},
-    "text": {"has_text": True, "d_context": 12, "use_pe": 2},
-    "class": {"num_classes": 3, "rms_norm": False},
-    "both directions": {"scan_type": "v2"},
-    "one ssm": {"share_ssm": True},
+    "orders": ("none", {"scan_type": "zigzagN8"}),
+    "text": ("text", {}),
+    "class": ("class", {"rms_norm": False}),
+    "both directions": ("none", {"scan_type": "v2"}),
+    "one ssm": ("none", {"share_ssm": True}),
 }
 
 
-def model_and_inputs(options):
-    torch.manual_seed(0)
-    model = ZigMa(ZigMaConfig(in_channels=2, embed_dim=16, depth=3, img_dim=(4, 6), **options)).eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.2)
-    y = {"text": torch.randn(3, 5, 12), "class": torch.tensor([0, 2, 1])}.get(model.config.conditioning)
-    return model, (torch.randn(3, 2, 4, 6), torch.rand(3), y)
+def model_and_inputs(which: str):
+    condition, fields = MODELS[which]
+    model = tiny(condition, **fields)
+    return model, inputs(model, batch=3)
 
 
 def of_one(model, parameters, x, t, y):
@@ -40,8 +37,8 @@ def of_one(model, parameters, x, t, y):
 
 @pytest.fixture(params=MODELS)
 def problem(request):
-    model, inputs = model_and_inputs(MODELS[request.param])
-    return model, {name: p.detach() for name, p in model.named_parameters()}, inputs
+    model, given = model_and_inputs(request.param)
+    return model, {name: p.detach() for name, p in model.named_parameters()}, given
 
 
 def mapped(y):
@@ -56,9 +53,9 @@ def test_a_mapped_model_is_the_batch(problem):
 
 
 def test_gradients_are_those_of_autograd(problem):
-    model, parameters, inputs = problem
-    got = grad(lambda p: functional_call(model, p, inputs).square().sum())(parameters)
-    model(*inputs).square().sum().backward()
+    model, parameters, given = problem
+    got = grad(lambda p: functional_call(model, p, given).square().sum())(parameters)
+    model(*given).square().sum().backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(got[name], p.grad, rtol=1e-4, atol=1e-5 * float(p.grad.abs().max()), msg=name)
 
@@ -88,7 +85,7 @@ def test_products_with_the_jacobian(problem):
 
 
 def test_a_whole_jacobian():
-    model, (x, t, y) = model_and_inputs(MODELS["orders"])
+    model, (x, t, y) = model_and_inputs("orders")
     jacobian = jacrev(lambda x: model(x[None], t[:1], y)[0, 0, 0])(x[0])  # of six values
     for i in range(6):
         leaf = x[0].clone().requires_grad_()
@@ -99,7 +96,7 @@ def test_a_whole_jacobian():
 def test_forward_mode_with_the_reference(monkeypatch):
     """<w, J v> = <w J, v>."""
     monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "reference")
-    model, (x, t, y) = model_and_inputs(MODELS["orders"])
+    model, (x, t, y) = model_and_inputs("orders")
     v, w = torch.randn(2, *x.shape, generator=torch.Generator().manual_seed(1))
     forward = jvp(lambda x: model(x, t, y), (x,), (v,))[1]
     reverse = vjp(lambda x: model(x, t, y), x)[1](w)[0]

@@ -47,10 +47,8 @@ def selective_scan(
     inputs = (u, delta, A, B, C, D, z, delta_bias)
     if operators_are_looked_at(*inputs):
         # `keep` is decided here and not by the backend, which runs below autograd and cannot know.
-        operator, keep = getattr(torch.ops, NAMESPACE).selective_scan, gradients_wanted(inputs)
-        if transformed():
-            operator, keep = _TransformedScan.apply, True
-        return operator(*inputs, delta_softplus, input_order, output_order, keep, backend)[0]
+        keep = gradients_wanted(inputs) or transformed()  # whose inner levels tell nothing of the outer ones
+        return _operator("selective_scan")(*inputs, delta_softplus, input_order, output_order, keep, backend)[0]
     module = BACKENDS[backend]
     check_permutations(input_order, output_order)
     if hasattr(module, "scan_over"):
@@ -70,8 +68,7 @@ def conv1d_silu(
     overwrite_x: where nobody wants gradients and there is no order, a backend may return x, written over.
     """
     if operators_are_looked_at(x, weight, bias):
-        operator = _TransformedConv.apply if transformed() else getattr(torch.ops, NAMESPACE).conv1d_silu
-        return operator(x, weight, bias, order, backend)
+        return _operator("conv1d_silu")(x, weight, bias, order, backend)
     module = BACKENDS[backend]
     if overwrite_x and order is None and _rows_lie_apart(x) and hasattr(module, "conv_over_x"):
         module.conv_over_x(x, weight, bias)
@@ -102,7 +99,7 @@ def operators_are_looked_at(*inputs: Tensor | None) -> bool:
             return True
         return (
             torch._C._len_torch_dispatch_stack() > 0
-            or torch._C._functorch.peek_interpreter_stack() is not None
+            or transformed()
             or torch._C._get_tracing_state() is not None
             or torch.autograd._profiler_enabled()
         )
@@ -200,26 +197,6 @@ def _conv_autograd(ctx, d_out):
     return d_x, d_weight, None if bias is None else d_bias, None, None
 
 
-class _TransformedScan(torch.autograd.Function):
-    """The operator for torch.func.grad and its like, which do not take the backward that is registered with it."""
-
-    generate_vmap_rule = True
-    setup_context, backward = staticmethod(_scan_setup), staticmethod(_scan_autograd)
-
-    @staticmethod
-    def forward(*arguments):
-        return getattr(torch.ops, NAMESPACE).selective_scan(*arguments)
-
-
-class _TransformedConv(torch.autograd.Function):
-    generate_vmap_rule = True
-    setup_context, backward = staticmethod(_conv_setup), staticmethod(_conv_autograd)
-
-    @staticmethod
-    def forward(*arguments):
-        return getattr(torch.ops, NAMESPACE).conv1d_silu(*arguments)
-
-
 def _one_by_one(operator):
     """The rule for torch.func.vmap: each entry of the mapped dimension is a call of the operator."""
 
@@ -243,6 +220,28 @@ _OPERATORS = {
     "conv1d_silu": (_conv, _conv_fake, _conv_setup, _conv_autograd),
     "conv1d_silu_backward": (_conv_backward, _conv_backward_fake, None, None),
 }
+
+
+def _transformable(name: str, setup, backward) -> type[torch.autograd.Function]:
+    """The operator for torch.func.grad and its like, which do not take the backward that is registered with it."""
+
+    def forward(*arguments):
+        return getattr(getattr(torch.ops, NAMESPACE), name)(*arguments)
+
+    methods = {"forward": forward, "setup_context": setup, "backward": backward}
+    members = {"generate_vmap_rule": True, **{key: staticmethod(method) for key, method in methods.items()}}
+    return type(name, (torch.autograd.Function,), members)
+
+
+_TRANSFORMABLE = {
+    name: _transformable(name, setup, backward)
+    for name, (_, _, setup, backward) in _OPERATORS.items()
+    if backward is not None
+}
+
+
+def _operator(name: str):
+    return _TRANSFORMABLE[name].apply if transformed() else getattr(getattr(torch.ops, NAMESPACE), name)
 
 
 def _register() -> None:

@@ -112,6 +112,8 @@ class SSM(nn.Module):
             parameter = self._parameters[name]
             if parameter.dtype != at_least_float32(parameter.dtype):
                 parameter.data = value.to(parameter.device, at_least_float32(parameter.dtype))
+                if parameter.grad is not None:
+                    parameter.grad = parameter.grad.to(parameter.dtype)
         return self
 
     def scan(self, x: Tensor, z: Tensor, order: Tensor | None = None, scratch: Scratch | None = None) -> Tensor:

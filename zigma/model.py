@@ -29,11 +29,13 @@ from .mixer import SSM, Attention, CrossAttention, Mamba, read_weights
 from .scan_orders import LayerSchedule, is_order
 from .scratch import Scratch
 from .selective_scan import Stream, add_norm, gather_rows
+from .selective_scan.reference import beyond_this_call
 
 __all__ = ["Condition", "ZigMa"]
 
 log = logging.getLogger(__name__)
 
+KEPT_SCHEDULES = 64  # grids of the model's own orders, such as the buckets of a training
 KEPT_SCANS = 8  # of token orders given to `forward`: runs that take turns, on a few grids
 
 
@@ -96,6 +98,7 @@ class ZigMa(nn.Module):
         self._read_weights = getattr(operations, "read_weights", read_weights)
         self._schedules: dict[tuple, tuple[list[LayerScan], Tensor | None]] = {}
         self._given: list[tuple] = []
+        self._resampled_to: set[tuple[int, int, int]] = set()  # what has been said of
         self.token_orders = None
         on_meta = self.norm_f.weight.device.type == "meta"
         if token_orders is not None:
@@ -202,8 +205,8 @@ class ZigMa(nn.Module):
         """An embedding (1, l, d) of (frames, rows, columns), resampled linearly where these are not its own."""
         if to == own:
             return table.to(like)
-        if (to, "positions") not in self._schedules:
-            self._schedules[to, "positions"] = []
+        if to not in self._resampled_to:
+            self._resampled_to.add(to)
             log.warning(
                 "the position embedding, trained on %s tokens, is resampled to %s: another size than that of the "
                 "training, %d x %d latent pixels, may suffer",
@@ -217,6 +220,8 @@ class ZigMa(nn.Module):
     ) -> tuple[list[LayerScan], Tensor | None]:
         """How the layers of this call come to their tokens, and the last one's back. Kept if the orders are its own."""
         if given is None:
+            if self.token_orders is not None and not torch.compiler.is_compiling():
+                return self._scans(grid, frames, device, self.token_orders)  # which may be set anew
             return self._own_scans(grid, frames, device)
         if any(order.is_inference() for order in given):  # these do not count their changes
             return self._as_scans(self._checked_orders(given, grid, frames), grid, frames, device)
@@ -225,7 +230,8 @@ class ZigMa(nn.Module):
         for known, orders, scans in self._given:
             if known == key and all(a is b for a, b in zip(orders, given, strict=True)):
                 return scans
-        scans = self._as_scans(self._checked_orders(given, grid, frames), grid, frames, device)
+        with beyond_this_call():
+            scans = self._as_scans(self._checked_orders(given, grid, frames), grid, frames, device)
         self._given = [*self._given[1 - KEPT_SCANS :], (key, list(given), scans)]
         return scans
 
@@ -233,9 +239,13 @@ class ZigMa(nn.Module):
         self, grid: tuple[int, int], frames: int, device: torch.device
     ) -> tuple[list[LayerScan], Tensor | None]:
         key = (grid, frames, device)
-        if key not in self._schedules:
-            self._schedules[key] = self._as_scans(self.layer_orders(*grid, frames), grid, frames, device)
-        return self._schedules[key]
+        if (scans := self._schedules.get(key)) is None:
+            while len(self._schedules) >= KEPT_SCHEDULES:  # perhaps of several threads
+                self._schedules.pop(next(iter(self._schedules), None), None)
+            with beyond_this_call():
+                scans = self._as_scans(self.layer_orders(*grid, frames), grid, frames, device)
+            self._schedules[key] = scans
+        return scans
 
     # As torch.compiler.assume_constant_result marks, without importing the compiler: a traced graph keeps the orders.
     _own_scans._dynamo_marked_constant = True
@@ -244,11 +254,10 @@ class ZigMa(nn.Module):
         config = self.config
         if config.mixer == "attention":  # which an order means nothing to: no row needs to move for one
             orders = [torch.arange(len(order)) for order in orders]
-        with torch.inference_mode(False):  # a later call that wants gradients uses them again
-            return relative_scans(
-                orders, self.schedule.axes, grid, frames, device, legacy_permutation=config.legacy_permutation,
-                reversed_time=config.mixer == "mamba" and not config.corrected_time_order,
-            )  # fmt: skip
+        return relative_scans(
+            orders, self.schedule.axes, grid, frames, device, legacy_permutation=config.legacy_permutation,
+            reversed_time=config.mixer == "mamba" and not config.corrected_time_order,
+        )  # fmt: skip
 
     def _checked_orders(self, orders: Sequence[Tensor], grid: tuple[int, int], frames: int) -> list[Tensor]:
         if len(orders) != self.config.depth:
@@ -296,6 +305,8 @@ class ZigMa(nn.Module):
         if config.conditioning == "class" and (y is None or y.shape != x.shape[:1] or y.is_floating_point()):
             got = "none" if y is None else f"{y.dtype} of shape {tuple(y.shape)}"
             raise ValueError(f"got labels of {got}, expected {len(x)} whole numbers from 0 to {config.num_classes - 1}")
+        if config.conditioning == "none" and y is not None:
+            raise ValueError(f"got a condition of shape {tuple(y.shape)}, but this model takes none: leave y out")
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -337,7 +348,7 @@ class Block(nn.Module):
     def __init__(self, config: ZigMaConfig, index: int, *, operations=nn, device=None, dtype=None) -> None:
         super().__init__()
         d, options = config.embed_dim, {"device": device, "dtype": dtype}
-        # Layer 0 has nothing to drop; layers 1 ... depth-1 take a ramp from 0 to the rate (published).
+        # Layer 0 has nothing to drop; layers 1 ... depth-1 the steps before it of a ramp to the rate (published).
         self.drop = config.drop_path_rate * max(index - 1, 0) / max(config.depth - 1, 1)
         norm = operations.RMSNorm if config.rms_norm else operations.LayerNorm
         self.norm = norm(d, eps=config.norm_epsilon, **options)

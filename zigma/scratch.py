@@ -36,7 +36,9 @@ class Scratch:
     @classmethod
     def for_inference(cls, tokens: Tensor) -> Scratch | None:
         """One for many tokens on a CPU with native kernels, if nobody wants gradients or looks at operators."""
-        if torch.is_grad_enabled() or tokens.nbytes < WORTH_IT_FROM or tokens.device.type != "cpu":
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return None
+        if tokens.nbytes < WORTH_IT_FROM or tokens.device.type != "cpu":
             return None
         if operators_are_looked_at(tokens) or torch.is_autocast_enabled("cpu") or native.unavailable() is not None:
             return None

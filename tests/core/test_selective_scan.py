@@ -409,7 +409,7 @@ class TestChoice:
             monkeypatch.setattr(module, "describe", lambda: "as on that machine")
 
     def choose(self, device, dtypes=FLOAT):
-        return dispatch._select(None, *((torch.device(device), dtype) for dtype in dtypes))
+        return dispatch._select(None, (0, 0), *((torch.device(device), dtype) for dtype in dtypes))
 
     def test_cuda_takes_mamba_ssm_then_triton_then_torch(self, caplog):
         caplog.set_level(logging.INFO, logger="zigma.selective_scan")

@@ -310,11 +310,6 @@ def test_a_nan_stays_in_its_batch_item(extension):
     assert out[1, 20:].isnan().all()
 
 
-def test_too_many_states_are_refused(extension):
-    with pytest.raises(ValueError, match="257 states per channel, mamba-ssm takes at most 256"):
-        mamba_backend.scan_forward(*draw(1, 2, 1, 257), True, None, None, False)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("l, d, k", [(1, 8, 4), (20, 16, 4), (20, 5, 3), (1, 1, 2), (20, 8, 5), (20, 8, 1)])
 @pytest.mark.parametrize("with_bias", [True, False])

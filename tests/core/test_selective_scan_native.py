@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import ctypes
+import gc
 import logging
 import os
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -335,6 +337,40 @@ def test_a_damaged_library_falls_back_to_torch_and_says_so(damage, tmp_path, mon
     assert available_backends() == ("torch", "reference")
     with pytest.raises(RuntimeError, match=r"'native' .* cannot run: .* rebuild it"):
         selective_scan(*inputs, backend="native")
+
+
+def test_why_there_is_none_is_said_anew_without_keeping_what_its_hearers_hold(monkeypatch):
+    """One error raised again and again collects the frames that it passes, and their tensors."""
+    monkeypatch.setattr(native_library, "_loaded", "it is missing")
+    held = []
+    for _ in range(2):
+        tensor = torch.ones(1)
+        held.append(weakref.ref(tensor))
+        assert native.unavailable() == "it is missing"
+        with pytest.raises(native_library.NativeUnavailable, match="it is missing"):
+            _load_holding(tensor)
+        del tensor
+    gc.collect()
+    assert [reference() for reference in held] == [None, None]
+
+
+def _load_holding(_tensor):
+    native_library.load()
+
+
+@pytest.mark.parametrize(("states", "taps"), [(257, 4), (4, 17)])
+def test_what_is_too_large_for_the_kernel_goes_to_torch_and_says_so(library, states, taps, caplog):
+    dispatch.forget_choices()
+    inputs, x, weight = draw_inputs(1, 5, 3, states), torch.randn(1, 5, 3), torch.randn(3, 1, taps)
+    with caplog.at_level(logging.INFO, logger="zigma.selective_scan"):
+        out, conv = selective_scan(*inputs), ordered_conv1d_silu(x, weight)
+    assert torch.allclose(out, selective_scan(*inputs, backend="reference"), atol=1e-4)
+    assert torch.allclose(conv, ordered_conv1d_silu(x, weight, backend="reference"), atol=1e-5)
+    sentence = "at most 256 states per channel, not 257" if states > 256 else "convolutions of at most 16 taps, not 17"
+    assert f"runs on the torch backend: the native kernel takes {sentence}" in caplog.text
+    with pytest.raises(RuntimeError, match=f"'native' .* cannot run: takes {sentence}"):
+        selective_scan(*inputs, backend="native")
+        ordered_conv1d_silu(x, weight, backend="native")
 
 
 def test_another_platform_falls_back_to_torch(monkeypatch):

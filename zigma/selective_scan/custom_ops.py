@@ -159,7 +159,7 @@ def _scan_setup(ctx, inputs, output) -> None:
 
 def _scan_autograd(ctx, d_out, _d_states):
     *tensors, input_order, output_order, states = ctx.saved_tensors
-    grads = getattr(torch.ops, NAMESPACE).selective_scan_backward(
+    grads = _operator("selective_scan_backward")(
         d_out, *tensors, ctx.delta_softplus, input_order, output_order, states, ctx.backend
     )
     grads = [None if t is None else grad for t, grad in zip(tensors, grads, strict=True)]
@@ -191,10 +191,20 @@ def _conv_setup(ctx, inputs, output) -> None:
 
 def _conv_autograd(ctx, d_out):
     x, weight, bias, order = ctx.saved_tensors
-    d_x, d_weight, d_bias = getattr(torch.ops, NAMESPACE).conv1d_silu_backward(
-        d_out, x, weight, bias, order, ctx.backend
-    )
+    d_x, d_weight, d_bias = _operator("conv1d_silu_backward")(d_out, x, weight, bias, order, ctx.backend)
     return d_x, d_weight, None if bias is None else d_bias, None, None
+
+
+def _nothing_kept(ctx, inputs, output) -> None:
+    pass
+
+
+def _no_second_derivatives(ctx, *_gradients):
+    """An operator without a backward of its own would be taken for a constant, and give a wrong result."""
+    raise NotImplementedError(
+        "selective scan: the kernels have no second derivatives: use backend='reference', or set "
+        "ZIGMA_SCAN_BACKEND=reference, which is slow and has them"
+    )
 
 
 def _one_by_one(operator):
@@ -216,9 +226,9 @@ def _one_by_one(operator):
 # name: (implementation, shapes alone, what is kept for backward, backward)
 _OPERATORS = {
     "selective_scan": (_scan, _scan_fake, _scan_setup, _scan_autograd),
-    "selective_scan_backward": (_scan_backward, _scan_backward_fake, None, None),
+    "selective_scan_backward": (_scan_backward, _scan_backward_fake, _nothing_kept, _no_second_derivatives),
     "conv1d_silu": (_conv, _conv_fake, _conv_setup, _conv_autograd),
-    "conv1d_silu_backward": (_conv_backward, _conv_backward_fake, None, None),
+    "conv1d_silu_backward": (_conv_backward, _conv_backward_fake, _nothing_kept, _no_second_derivatives),
 }
 
 
@@ -226,7 +236,8 @@ def _transformable(name: str, setup, backward) -> type[torch.autograd.Function]:
     """The operator for torch.func.grad and its like, which do not take the backward that is registered with it."""
 
     def forward(*arguments):
-        return getattr(getattr(torch.ops, NAMESPACE), name)(*arguments)
+        found = getattr(getattr(torch.ops, NAMESPACE), name)(*arguments)
+        return tuple(found) if isinstance(found, list) else found  # of a list, autograd would see nothing
 
     methods = {"forward": forward, "setup_context": setup, "backward": backward}
     members = {"generate_vmap_rule": True, **{key: staticmethod(method) for key, method in methods.items()}}
@@ -234,9 +245,7 @@ def _transformable(name: str, setup, backward) -> type[torch.autograd.Function]:
 
 
 _TRANSFORMABLE = {
-    name: _transformable(name, setup, backward)
-    for name, (_, _, setup, backward) in _OPERATORS.items()
-    if backward is not None
+    name: _transformable(name, setup, backward) for name, (_, _, setup, backward) in _OPERATORS.items()
 }
 
 
@@ -256,8 +265,7 @@ def _register() -> None:
         torch.library.register_fake(qualified, fake, lib=library)
         if hasattr(torch.library, "register_vmap"):  # from torch 2.5 on
             torch.library.register_vmap(qualified, _one_by_one(getattr(operators, name)), lib=library)
-        if backward is not None:
-            torch.library.register_autograd(qualified, backward, setup_context=setup, lib=library)
+        torch.library.register_autograd(qualified, backward, setup_context=setup, lib=library)
     operators.registered = library  # definitions end with this object, and modules come and go
 
 

@@ -3,7 +3,8 @@
 A backend is a module with NAME and these functions; scan and conv as in custom_ops.py, without autograd:
 
     unavailable() -> str | None         why it cannot run on this machine, with the remedy
-    unsupported(*tensors) -> str | None why it cannot take tensors of these devices and dtypes
+    unsupported(*tensors) -> str | None why it cannot take tensors of these devices and dtypes; a tensor may be None
+    MAX_STATES, MAX_CONV_WIDTH          optional: the most states per channel and taps of a convolution that it takes
     describe() -> str                   what exactly runs, for the log line
     states_shape(b, l, d, n)            shape of what scan_forward keeps for backward
     scan_forward, scan_backward, conv_forward, conv_backward
@@ -34,6 +35,8 @@ ENVIRONMENT_VARIABLE = "ZIGMA_SCAN_BACKEND"
 # "cuda" is also what torch calls AMD's GPUs, where mamba-ssm's kernels say that they cannot run.
 PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("native",), "cuda": ("mamba-ssm", "triton")}
 
+TAKEN_BY_ALL = (16, 4)  # states per channel, taps of a convolution
+
 _said: set[str] = set()
 _chosen: dict[tuple, str] = {}  # the choice looks at files and environment, and a layer asks for it several times
 
@@ -59,20 +62,24 @@ def explain_backends() -> dict[str, str]:
     }
 
 
-def select_backend(name: str | None, *tensors: Tensor | None) -> str:
+def select_backend(name: str | None, *tensors: Tensor | None, states: int = 0, conv_width: int = 0) -> str:
     """The backend for these inputs. `name`, or else ZIGMA_SCAN_BACKEND, forces one.
+
+    states, conv_width: states per channel of a scan, taps of a convolution.
 
     Raises:
         ValueError: no backend has that name.
         RuntimeError: the named backend cannot run here or cannot take these inputs.
     """
-    return _select(name, *dict.fromkeys((t.device, t.dtype) for t in tensors if t is not None))
+    # What every backend takes decides nothing, and a tracer need not know it.
+    limits = (states if states > TAKEN_BY_ALL[0] else 0, conv_width if conv_width > TAKEN_BY_ALL[1] else 0)
+    return _select(name, limits, *dict.fromkeys((t.device, t.dtype) for t in tensors if t is not None))
 
 
-def _select(name: str | None, *kinds: tuple[torch.device, torch.dtype]) -> str:
-    key = (name, os.environ.get(ENVIRONMENT_VARIABLE), *kinds)
+def _select(name: str | None, limits: tuple[int, int], *kinds: tuple[torch.device, torch.dtype]) -> str:
+    key = (name, os.environ.get(ENVIRONMENT_VARIABLE), limits, *kinds)
     if key not in _chosen:
-        _chosen[key] = _choose(name, tuple(_Kind(*kind) for kind in kinds))
+        _chosen[key] = _choose(name, limits, tuple(_Kind(*kind) for kind in kinds))
     return _chosen[key]
 
 
@@ -86,17 +93,26 @@ def forget_choices() -> None:
     _said.clear()
 
 
-def _choose(name: str | None, kinds: tuple[_Kind, ...]) -> str:
+def _unsupported(module: ModuleType, limits: tuple[int, int], kinds: tuple[_Kind, ...]) -> str | None:
+    states, conv_width = limits
+    if states > (most := getattr(module, "MAX_STATES", states)):
+        return f"takes at most {most} states per channel, not {states}"
+    if conv_width > (most := getattr(module, "MAX_CONV_WIDTH", conv_width)):
+        return f"takes convolutions of at most {most} taps, not {conv_width}"
+    return module.unsupported(*kinds)
+
+
+def _choose(name: str | None, limits: tuple[int, int], kinds: tuple[_Kind, ...]) -> str:
     source = "asked for by the caller" if name else f"set by {ENVIRONMENT_VARIABLE}"
     name = name or os.environ.get(ENVIRONMENT_VARIABLE)
     if name:
-        return _forced(name, source, kinds)
+        return _forced(name, source, limits, kinds)
     device, broken, passed_over = kinds[0].device.type, [], []
     for candidate in PREFERENCE.get(device, ()):
         module = BACKENDS[candidate]
         if (reason := module.unavailable()) is not None:
             broken.append(f"the {candidate} kernel%s cannot run: {reason}")
-        elif (reason := module.unsupported(*kinds)) is not None:
+        elif (reason := _unsupported(module, limits, kinds)) is not None:
             passed_over.append(f"the {candidate} kernel {reason}")
         else:
             here = f"the tensors are on {device} ({module.describe()})"
@@ -107,10 +123,10 @@ def _choose(name: str | None, kinds: tuple[_Kind, ...]) -> str:
     return _say(level, "torch", "; ".join(reasons) or f"the tensors are on {device}, which has no kernel here")
 
 
-def _forced(name: str, source: str, kinds: tuple[_Kind, ...]) -> str:
+def _forced(name: str, source: str, limits: tuple[int, int], kinds: tuple[_Kind, ...]) -> str:
     if name not in BACKENDS:
         raise ValueError(f"selective scan backend {name!r} ({source}) is unknown, choose from {', '.join(BACKENDS)}")
-    reason = BACKENDS[name].unavailable() or BACKENDS[name].unsupported(*kinds)
+    reason = BACKENDS[name].unavailable() or _unsupported(BACKENDS[name], limits, kinds)
     if reason is not None:
         raise RuntimeError(f"selective scan backend {name!r} ({source}) cannot run: {reason}")
     return _say(logging.INFO, name, source)

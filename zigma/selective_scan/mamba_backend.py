@@ -79,12 +79,8 @@ def scan_forward(
     """The output (b, l, d) in u's dtype and, if `keep`, what `scan_backward` needs, else an empty tensor.
 
     Step k reads u, delta, B and C at rows input_order[k], reads z and writes the output at rows output_order[k].
-
-    Raises:
-        ValueError: more states per channel than the kernel has room for.
     """
     (b, l, d), n = u.shape, A.shape[1]
-    _check_states(n)
     kept = A.new_empty(states_shape(b, l, d, n) if keep else 0)
     if b * l * d * n == 0:  # a launch of no blocks would fail
         out, _ = torch_backend.scan_forward(
@@ -168,13 +164,6 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "of unknown version"
-
-
-def _check_states(n: int) -> None:
-    if n > MAX_STATES:
-        raise ValueError(
-            f"selective scan: {n} states per channel, mamba-ssm takes at most {MAX_STATES}; choose another backend"
-        )
 
 
 def _chunks(l: int) -> int:

@@ -9,6 +9,7 @@ from . import native_library, reference
 from .native_library import CONV_ARGS, NORM_ARGS, SCAN_ARGS, NativeLibrary, NativeUnavailable
 
 NAME = "native"
+MAX_STATES, MAX_CONV_WIDTH = 256, 16  # of native/scan.h
 
 _ABSENT = (0, 0, 0, 0)  # rows
 _NO_GRADIENTS = 6 * _ABSENT + (0, 0, 0)  # the last nine fields of a scan
@@ -43,6 +44,7 @@ def describe() -> str:
 
 def _dense_rows(t: Tensor | None) -> Tensor | None:
     """t itself if its last dimension is contiguous, which is all the kernel asks for; else a copy."""
+    t = t if t is None or not t.is_neg() else t.resolve_neg()  # a sign that is not yet in memory
     return t if t is None or t.shape[-1] <= 1 or t.stride(-1) == 1 else t.contiguous()
 
 
@@ -50,11 +52,15 @@ def _rows(t: Tensor | None) -> tuple[int, int, int, int]:
     if t is None:
         return _ABSENT
     batch_stride, row_stride, _ = t.stride()
-    return t.data_ptr(), batch_stride, row_stride, _DTYPES[t.dtype]
+    return _pointer(t), batch_stride, row_stride, _DTYPES[t.dtype]
 
 
 def _pointer(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
+    if t is None:
+        return 0
+    if not t.is_cpu:  # an address of elsewhere, or none at all (meta), is no memory to the kernel
+        raise RuntimeError(f"selective scan: got a tensor on {t.device} beside others on the CPU: move it there")
+    return t.data_ptr()
 
 
 def _fresh(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -201,7 +207,8 @@ def norm_backward(
     """Gradients for base, mix, gate, residual, weight, bias, shift and scale, each in its input's dtype."""
     inputs = (base, mix, gate, residual, weight, bias, shift, scale)
     d_x, d_mix, d_residual = (None if t is None else _fresh(t) for t in (base, mix, residual))
-    sums = [None if t is None else torch.zeros(t.shape, device=t.device) for t in (gate, weight, bias, shift, scale)]
+    summed = (gate, weight, bias, shift, scale)
+    sums = [None if t is None else t.new_zeros(t.shape, dtype=torch.float32) for t in summed]
     d_gate, d_weight, d_bias, d_shift, d_scale = sums
     d_rows = (*(_dense_rows(t) for t in (d_total, d_normed, d_modulated)), d_x, d_residual, d_mix)
     d_sums = (d_gate, d_scale, d_shift, d_weight, d_bias)
@@ -228,15 +235,16 @@ def _run_norm(
 def self_test(library: NativeLibrary) -> str | None:
     """A small problem, forward and backward, against the reference; what went wrong, or None."""
     with reference.autograd_of_its_own("cpu"):
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
         b, l, d, n = 2, 19, 21, 16
 
         def draw(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator)
+            # Whatever the defaults are.
+            return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
         u, delta, z, B, C = draw(b, l, d), draw(b, l, d), draw(b, l, d), draw(b, l, n), draw(b, l, n)
         inputs = (u, delta, -draw(d, n).exp(), B, C, draw(d), z, draw(d))
-        order, d_out = torch.randperm(l, generator=generator), draw(b, l, d)
+        order, d_out = torch.randperm(l, generator=generator, device="cpu"), draw(b, l, d)
         out, states = scan_forward(*inputs, True, order, order, True, library)
         grads = scan_backward(d_out, *inputs, True, order, order, states, library)
         leaves = [t.clone().requires_grad_() for t in inputs]

@@ -23,7 +23,6 @@ from torch import Tensor
 ABI_VERSION = 3
 FLOAT32, BFLOAT16 = 0, 1
 OK, BAD_ORDER, NO_MEMORY, UNSUPPORTED = range(4)
-MAX_STATES, MAX_CONV_WIDTH = 256, 16
 HUGE_PAGES_FROM = 2**22  # bytes: memory of that size often comes fresh from the system, and costs a fault per page
 REBUILD = "restore the file from the project's repository or rebuild it with `python native/build.py`"
 INSTRUCTION_SETS = ("avx512", "avx2", "sse2", "neon")
@@ -181,7 +180,7 @@ def checksum_path(library: Path) -> Path:
 
 
 _lock = threading.Lock()
-_loaded: NativeLibrary | NativeUnavailable | None = None
+_loaded: NativeLibrary | str | None = None  # or why there is none
 
 
 def load() -> NativeLibrary:
@@ -193,9 +192,9 @@ def load() -> NativeLibrary:
                 try:
                     _loaded = _open(library_path())
                 except NativeUnavailable as error:
-                    _loaded = error
-    if isinstance(_loaded, NativeUnavailable):
-        raise _loaded
+                    _loaded = str(error)
+    if isinstance(_loaded, str):  # a new error each time: one kept would collect the frames of all who met it
+        raise NativeUnavailable(_loaded)
     return _loaded
 
 

@@ -51,7 +51,7 @@ def selective_scan(
     """
     _check_scan(u, delta, A, B, C, D, z, delta_bias)
     _check_order(order, u)
-    name = select_backend(backend, u, delta, B, C, z)
+    name = select_backend(backend, u, delta, B, C, z, states=A.shape[1])
     return _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, order, order, name)
 
 
@@ -80,7 +80,7 @@ def selective_scan_gathered(
     """
     _check_scan(u, delta, A, B, C, D, z, delta_bias)
     _check_order(order, u)
-    name = select_backend(backend, u, delta, B, C, z)
+    name = select_backend(backend, u, delta, B, C, z, states=A.shape[1])
     return _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, None, order, name, overwrite_delta, overwrite_z)
 
 
@@ -115,10 +115,15 @@ def ordered_conv1d_silu(
         _check("weight", weight, "(d, 1, k) or (d, k)", (x.shape[2], 1, None))
         weight = weight.squeeze(1)
     _check("weight", weight, "(d, 1, k) or (d, k)", (x.shape[2], None))
+    if not weight.shape[1]:
+        raise ValueError("selective scan: the convolution has no taps, expected a weight (d, k) with k of at least 1")
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and t.device != x.device:
+            raise ValueError(f"selective scan: {name} is on {t.device} and x on {x.device}; move them to one device")
     if bias is not None:
         _check("bias", bias, "(d,)", (x.shape[2],))
     _check_order(order, x)
-    name = select_backend(backend, x)
+    name = select_backend(backend, x, conv_width=weight.shape[1])
     weight, bias = (_parameter(x, t) for t in (weight, bias))
     if name == reference.NAME:
         return reference.conv1d_silu(x, weight, bias, order)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .orders import check_permutations
 
@@ -44,6 +45,15 @@ def autograd_of_its_own(device_type: str) -> Iterator[None]:
         temporarily_clear_interpreter_stack(), torch.inference_mode(False), torch.enable_grad(),
         torch.autocast(device_type, enabled=False), hooks,
     ):  # fmt: skip
+        yield
+
+
+@contextmanager
+def beyond_this_call() -> Iterator[None]:
+    """Where tensors are made that later calls use again: plain ones, whatever surrounds this one: inference mode, a
+    transform of torch.func, which would wrap them, or a mode such as torch.export's, in which they have no values.
+    """
+    with temporarily_clear_interpreter_stack(), _disable_current_modes(), torch.inference_mode(False):
         yield
 
 

@@ -64,8 +64,12 @@ def add_norm(
 
     Returns:
         (x or None, u or None, m or None), all (b, l, d); u and m in the dtype of base.
+
+    Raises:
+        ValueError: shapes, devices or a gather that do not fit.
     """
     shift, scale = modulation or (None, None)
+    _check(*stream, weight, bias, shift, scale, gather)
     module = BACKENDS[select_backend(None, *stream, shift, scale)]
     arguments = (*stream, weight, bias, shift, scale, gather, eps, layer_norm, total, keep_norm)
     if hasattr(module, "norm_forward") and not torch.compiler.is_compiling() and not transformed():
@@ -76,6 +80,25 @@ def add_norm(
                 return _AddNorm.apply(module, *arguments)
             return module.norm_forward(*arguments)
     return composed(*arguments)
+
+
+def _check(base, mix, gate, residual, weight, bias, shift, scale, gather) -> None:
+    """The kernels read addresses, and would read beyond the end of what is smaller."""
+    b, l, d = shape = base.shape
+    one, device = (b, 1, d), base.device
+    for name, t, wanted in (
+        ("mix", mix, shape), ("gate", gate, one), ("residual", residual, shape), ("weight", weight, (d,)),
+        ("bias", bias, (d,)), ("shift", shift, one), ("scale", scale, one),
+    ):  # fmt: skip
+        if t is not None and (t.shape != wanted or t.device != device):
+            raise ValueError(
+                f"add_norm: {name} has shape {tuple(t.shape)} on {t.device}, expected {tuple(wanted)} on {device}"
+            )
+    if gather is not None and (gather.dtype != torch.long or gather.shape != (l,) or gather.device != device):
+        raise ValueError(
+            f"add_norm: the gather is {gather.dtype} of shape {tuple(gather.shape)} on {gather.device}, expected an "
+            f"int64 permutation of {l} rows on {device}"
+        )
 
 
 class _AddNorm(torch.autograd.Function):

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import logging
 import os
-import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,12 +31,26 @@ PADDING = 0  # the id of "no word"; words count from 1
 
 
 def split_words(text: str) -> list[str]:
-    """Lower-case words of letters and digits; apostrophes vanish, everything else separates.
+    """Lower-case words of letters, with their marks, and digits, of any script; an emoji counts as its name.
+
+    Apostrophes vanish, everything else separates.
 
     >>> split_words("Smiling Face with Heart-Shaped Eyes!")
     ['smiling', 'face', 'with', 'heart', 'shaped', 'eyes']
+    >>> split_words("Cat's façade 🦊")
+    ['cats', 'façade', 'fox', 'face']
     """
-    return re.findall(r"[a-z0-9]+", text.lower().replace("'", "").replace("’", ""))
+    text = unicodedata.normalize("NFC", "".join(map(_spelt, text)).lower())
+    words = "".join(c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in text).split()
+    return [word for word in words if any(map(str.isalnum, word))]  # a mark on nothing is no word
+
+
+def _spelt(character: str) -> str:
+    if character in "'’":
+        return ""
+    if character >= "\u2600" and unicodedata.category(character) == "So":  # where emoji begin
+        return f" {unicodedata.name(character, '')} "
+    return character
 
 
 @dataclasses.dataclass(frozen=True)

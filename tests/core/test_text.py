@@ -26,7 +26,22 @@ def encoder():
 @given(st.text())
 def test_splitting_is_stable_and_keeps_letters_and_digits(text):
     words = split_words(text)
-    assert split_words(" ".join(words)) == words and all(word.isalnum() and word == word.lower() for word in words)
+    assert split_words(" ".join(words)) == words
+    assert all(word == word.lower() and not word.isspace() and any(map(str.isalnum, word)) for word in words)
+
+
+def test_words_of_every_script_are_words():
+    assert split_words("Лиса 狐_狸 क़िला, Jalapeño") == ["лиса", "狐", "狸", "क़िला", "jalapeño"]
+    assert split_words("cafe\u0301") == split_words("café") == ["café"]
+
+
+def test_an_emoji_is_read_as_its_name_and_other_signs_separate():
+    assert split_words("a 🦊❤️ 5°") == ["a", "fox", "face", "heavy", "black", "heart", "5"]
+
+
+def test_words_that_no_letter_of_the_alphabet_spells_are_named_too(encoder, caplog):
+    encoder.encode(["狐狸 red"])
+    assert "lacks them: 狐狸" in caplog.text
 
 
 def test_words_are_counted_from_one_and_padded_with_zero(encoder):

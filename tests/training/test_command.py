@@ -68,7 +68,7 @@ def test_a_run_leaves_a_file_that_needs_nothing_else(tmp_path, capsys):
     config = write_config(tmp_path / "a.toml", tables(tmp_path / "run", data, data={"validation": 0.2}))
     assert main(["train", str(config), "--quiet"]) == 0
     out = capsys.readouterr().out
-    assert "captions: 8 of 8" in out and "steps in an epoch" in out
+    assert "captions: 8 of 8" in out and "kept for validation: 2" in out and "steps in an epoch: 1.5 of 4" in out
     path = tmp_path / "run" / "model.safetensors"
     assert out.strip().endswith(str(path))
     bundle = load_bundle(path)
@@ -348,3 +348,35 @@ def test_eight_pictures_are_learned_by_heart(tmp_path):
         drawn = sample(bundle, captions, batch_size=8).flatten(1)
     own = torch.stack([variants[0] for variants in trainer.examples.latents]).flatten(1)
     assert torch.cdist(drawn, own).argmin(1).tolist() == list(range(8))
+
+
+def test_a_sheet_that_fails_costs_nothing(tmp_path, caplog):
+    data, folder = pictures(tmp_path / "pictures"), tmp_path / "run"
+    config = write_config(tmp_path / "a.toml", tables(folder, data, samples={"every": 1e-6}))
+    folder.mkdir()
+    (folder / "samples").write_text("in the way")
+    assert main(["train", str(config), "--quiet"]) == 2  # the last sheet, when all is learnt and written
+    assert "no pictures at step 1, the run goes on" in caplog.text
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())][-1] == "0000004"
+
+
+def test_a_name_that_is_no_utf_8_is_a_name(tmp_path):
+    data = pictures(tmp_path / "pictures", count=3)
+    try:
+        os.rename(next(data.glob("*.png")), os.fsencode(data) + b"/caf\xe9.png")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    config = write_config(tmp_path / "a.toml", tables(tmp_path / "run", data, run={"batch_size": 2}))
+    assert main(["train", str(config), "--quiet"]) == 0
+
+
+def test_a_report_that_a_console_cannot_write_ends_no_run(tmp_path):
+    data = pictures(tmp_path / "pictures", count=3)
+    (data / "日本.jpg").write_bytes(b"no picture")
+    config = write_config(tmp_path / "a.toml", tables(tmp_path / "run", data))
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run(
+        [sys.executable, "-m", "zigma", "train", str(config), "--dry-run", "--quiet"], capture_output=True, text=True,
+        env=environment, cwd=Path(__file__).resolve().parents[2], check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and "\\u65e5\\u672c.jpg" in done.stdout, done.stderr

@@ -7,6 +7,7 @@ import io
 import json
 import random
 import tarfile
+import time
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from zigma.training import dataset
 from zigma.training.caption_files import Notes, caption_lines, decode_text, flipped_caption, natural_key
 from zigma.training.dataset import read_dataset
 from zigma.training.emoji import PackedPictures, write_packed
@@ -372,6 +374,24 @@ def test_progress_is_told(tmp_path):
     calls = []
     read_dataset(tmp_path, progress=lambda done, total: calls.append((done, total)))
     assert calls == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_an_interrupted_look_opens_nothing_more(tmp_path, monkeypatch):
+    write(tmp_path, {f"{n}.png": picture_bytes(n) for n in range(200)})
+    opened, look = [], dataset._look
+
+    def slowly(sample, deep):
+        opened.append(sample.name)
+        time.sleep(0.02)
+        return look(sample, deep)
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dataset, "_look", slowly)
+    with pytest.raises(KeyboardInterrupt):
+        read_dataset(tmp_path, progress=stop)
+    assert len(opened) < 100
 
 
 @given(st.lists(st.text(max_size=8), max_size=8))

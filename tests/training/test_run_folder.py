@@ -57,6 +57,20 @@ def test_without_a_readable_checkpoint_nothing_starts_anew(tmp_path):
     (folder.write(state(1), 1).path / "state.pt").write_bytes(b"")
     with pytest.raises(ValueError, match=r"none of the 1 checkpoints .* can be read: put one back"):
         folder.read_last()
+    (folder.checkpoints / "0000001" / run_folder.MARKER).write_text("{")
+    with pytest.raises(ValueError, match=r"none of the 1 checkpoints .* can be read: put one back"):
+        folder.read_last()
+
+
+def test_a_damaged_checkpoint_pushes_out_no_new_one(tmp_path):
+    """The run goes on from the one before it, so that what is written then has smaller steps."""
+    folder = RunFolder(tmp_path, keep_last=1)
+    folder.write(state(500), 500, 1.0)
+    (folder.write(state(1000), 1000, 2.0).path / "state.pt").write_bytes(b"damaged")
+    assert folder.read_last()[0].step == 500 and folder.best().step == 500
+    for step in (600, 700):
+        assert folder.write(state(step), step).path.exists()
+    assert steps_in(folder) == [500, 700, 1000] and RunFolder(tmp_path).read_last()[0].step == 700
 
 
 def test_half_a_checkpoint_is_none(tmp_path, caplog):
@@ -74,13 +88,16 @@ def test_half_a_checkpoint_is_none(tmp_path, caplog):
     assert steps_in(folder) == [1, 2]
 
 
-def test_a_full_disk_costs_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("No space left: unexpected pos 1 vs 2")]
+)
+def test_a_full_disk_costs_nothing(tmp_path, monkeypatch, error):
     folder = RunFolder(tmp_path)
     folder.write(state(1), 1)
 
     def full(_state, file):
         file.write(b"some")
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
     with monkeypatch.context() as patched:
         patched.setattr(run_folder.torch, "save", full)

@@ -19,7 +19,7 @@ from ..autoencoder import Autoencoder
 from ..checkpoint import CheckpointFile
 from ..latent_format import LatentFormat
 from ..text import ClipTextEncoder
-from .adapters import DEFAULT_TARGETS, AdapterSettings, add_adapters
+from .adapters import add_adapters
 from .captions import Described, Labels, NoConditions, Texts
 from .dataset import Dataset, read_dataset
 from .latent_cache import LatentCache, Prepared, autoencoder_digest, encode_dataset, encode_texts
@@ -88,7 +88,7 @@ def make_plan(settings: Settings, progress: Progress | None = None) -> Plan:
     preflight = inspect_data(
         dataset, size=size, buckets=data.buckets, step=step, batch_size=settings.run.batch_size, flips=data.flips,
         crops=data.crops, frames=frames, captions_needed=_reads_captions(settings, base, dataset),
-        labels_needed=base is not None and base.config.conditioning == "class",
+        labels_needed=base is not None and base.config.conditioning == "class", validation=data.validation,
     )  # fmt: skip
     return Plan(settings, dataset, base, autoencoder, preflight.targets, downscale, preflight)
 
@@ -169,7 +169,7 @@ def make_trainer(
     adapters = None
     if settings.adapter.kind != "none":
         adapters = add_adapters(
-            subject.net.model, _adapter_settings(settings), torch.Generator().manual_seed(settings.run.seed)
+            subject.net.model, settings.adapter.settings(), torch.Generator().manual_seed(settings.run.seed)
         )  # fmt: skip
     if plan.autoencoder is not None:
         plan.autoencoder.to(device)  # where sheets are decoded
@@ -210,7 +210,8 @@ def held_out_pictures(dataset: Dataset, part: float) -> list[int]:
     """The pictures of the validation loss: those whose names hash lowest, so that new pictures do not move old ones."""
     names = [sample.name for sample in dataset.samples]
     count = min(len(names) - 1, max(1, round(part * len(names)))) if part else 0
-    ranked = sorted(range(len(names)), key=lambda i: hashlib.sha256(names[i].encode()).digest())
+    # "surrogateescape": a name that is no UTF-8 is a name.
+    ranked = sorted(range(len(names)), key=lambda i: hashlib.sha256(names[i].encode(errors="surrogateescape")).digest())
     return sorted(ranked[:count])
 
 
@@ -222,14 +223,6 @@ def _digest(plan: Plan, described: list[Described], autoencoder: str) -> str:
         facts = (sample.name, plan.dataset.file_digest(index), plan.sizes[index], dataclasses.astuple(described[index]))
         digest.update(repr(facts).encode())
     return digest.hexdigest()
-
-
-def _adapter_settings(settings: Settings) -> AdapterSettings:
-    table = settings.adapter
-    return AdapterSettings(
-        table.kind, table.rank, table.alpha or float(table.rank), table.factor, table.dropout,
-        table.targets or DEFAULT_TARGETS,
-    )  # fmt: skip
 
 
 def _conditions(plan: Plan, subject: Subject, described, folder: Path, device, progress: Progress | None, given):

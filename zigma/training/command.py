@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import os
+import shutil
 import signal
 import threading
 import time
@@ -110,7 +112,8 @@ def trainer_lines(plan: Plan, trainer: Trainer) -> list[str]:
     done = max((checkpoint.step for checkpoint in trainer.folder.whole()), default=0)
     return lines + estimate(
         seconds, run.steps, done=done, steps_per_epoch=trainer.order.steps_per_epoch, memory=memory,
-        disk=state * (run.keep_last + run.keep_best),
+        available=_memory_of(trainer.device), disk=state * (run.keep_last + run.keep_best),
+        free=shutil.disk_usage(next(path for path in trainer.folder.path.absolute().parents if path.is_dir())).free,
     )  # fmt: skip
 
 
@@ -130,6 +133,16 @@ def measured_step(trainer: Trainer) -> tuple[float, int]:
     trainer.optimizer.zero_grad()
     moments = 8 * sum(p.numel() for _, p in trainer.parts)
     return seconds, _peak(trainer.device) + moments
+
+
+def _memory_of(device: torch.device) -> int | None:
+    """Bytes that it has, or None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return None
 
 
 def _peak(device: torch.device) -> int:
@@ -155,9 +168,12 @@ def _run(trainer: Trainer, trackers: Trackers | None) -> bool:
         if trackers is not None:
             trackers.follow(trainer, loss)
         if samples.every and any(trainer.processes.largest(time.monotonic() - last_sheet > 60 * samples.every)):
-            path = save_sheet(trainer)
-            if path is not None and trackers is not None:
-                trackers.sheet(trainer.step, path)
+            try:
+                path = save_sheet(trainer)
+                if path is not None and trackers is not None:
+                    trackers.sheet(trainer.step, path)
+            except (OSError, ValueError, RuntimeError) as error:  # what has been learnt matters more
+                log.warning("no pictures at step %d, the run goes on: %s", trainer.step, error)
             last_sheet = time.monotonic()
 
     with _signals(trainer):

@@ -280,7 +280,8 @@ def _check(
 ) -> None:
     """Fill the dataset with the samples whose files can be used."""
     same: dict[str, list[str]] = defaultdict(list)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    try:
         looked = (
             map(_Checked, samples) if dataset.kind == "packed"
             else pool.map(lambda sample: _look(sample, deep), samples)
@@ -299,5 +300,7 @@ def _check(
                 notes.add(finding, place)
             if progress is not None:
                 progress(count, len(samples))
+    finally:  # of an interrupted look, what has not begun is never opened
+        pool.shutdown(cancel_futures=True)
     dataset.unreadable.sort(key=lambda entry: natural_key(entry[0]))
     dataset.duplicates = [tuple(names) for names in same.values() if len(names) > 1]

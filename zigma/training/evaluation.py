@@ -78,7 +78,7 @@ def evaluate(
         for name in task.metrics:
             try:
                 found = getattr(evaluation, name)()
-            except (ValueError, OSError, ImportError) as error:
+            except (ValueError, OSError, ImportError, RuntimeError) as error:
                 reasons[name] = str(error)
                 continue
             figures += found

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -172,7 +173,13 @@ class Evaluation:
             raise ValueError("the data have no two different captions or labels, so that every picture is retrieved")
         extractor, data, drawn = self._features_by(EfficientNetFeatures)
         names = [self.drawn.names[i] for i in numbers]
-        carries = torch.tensor([[name in of for of in words] for name in names])
+        carrying = defaultdict(list)  # rows of the data by what they carry
+        for row, of in enumerate(words):
+            for word in of:
+                carrying[word].append(row)
+        carries = torch.zeros(len(names), len(words), dtype=torch.bool)
+        for i, name in enumerate(names):
+            carries[i, carrying.get(name, [])] = True
         hits = sum(rank == 0 for rank in retrieval_ranks(drawn[numbers], data, carries))
         ceiling, note = self._ceiling(extractor, data, numbers, carries)
         return [

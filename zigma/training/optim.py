@@ -25,7 +25,10 @@ def as_matrix(tensor: torch.Tensor, like: torch.Tensor | None = None) -> torch.T
     return tensor.flatten(1)
 
 
-class MatrixMuon(torch.optim.Muon):
+_Muon = getattr(torch.optim, "Muon", None)  # torch has it since 2.9
+
+
+class MatrixMuon(_Muon or torch.optim.Optimizer):
     """torch.optim.Muon over weights of two or more dimensions, each flattened to (out, rest).
 
     Args:
@@ -34,9 +37,14 @@ class MatrixMuon(torch.optim.Muon):
 
     Attributes:
         weights: as given, in the order of the matrices in the groups.
+
+    Raises:
+        ImportError: this torch has no Muon. ValueError: a weight whose memory does not lie as a matrix.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], **options) -> None:
+        if _Muon is None:
+            raise ImportError(f"Muon needs torch 2.9 or newer, this is {torch.__version__}: take the optimizer 'adamw'")
         self.weights = list(params)
         matrices = [nn.Parameter(as_matrix(w.detach())) for w in self.weights]
         # A copy instead of a view would train nothing, and no error would tell.

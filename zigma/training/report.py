@@ -64,7 +64,7 @@ def write_report(folder: RunFolder, settings: Settings, model: Path, data: str) 
         f"<style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
     )
     path = folder.path / "report.html"
-    path.write_text(page, encoding="utf-8")
+    path.write_text(page, encoding="utf-8", errors="backslashreplace")  # of names that are none
     return path
 
 

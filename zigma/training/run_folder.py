@@ -17,6 +17,7 @@ file that the disk has lost a part of is found out before it is used, and the ch
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -72,6 +73,7 @@ class RunFolder:
     def __init__(self, path: Path, keep_last: int = 2, keep_best: bool = True) -> None:
         self.path, self.keep_last, self.keep_best = Path(path), keep_last, keep_best
         self.path.mkdir(parents=True, exist_ok=True)
+        self._unusable: set[Path] = set()  # what was found damaged: it counts for nothing, and stays to be looked at
         self.checkpoints = self.path / "checkpoints"
 
     @contextmanager
@@ -124,14 +126,17 @@ class RunFolder:
                 json.dump(facts, marker)
                 marker.flush()
                 os.fsync(marker.fileno())
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # torch's writer, on a full disk, raises the latter
             shutil.rmtree(partial, ignore_errors=True)
+            reason = (isinstance(error, OSError) and error.strerror) or error
             raise OSError(
-                error.errno, f"the checkpoint of step {step} could not be written ({error.strerror or error}); those "
+                getattr(error, "errno", errno.EIO),
+                f"the checkpoint of step {step} could not be written ({reason}); those "
                 "before it are as they were: make room, and resume", str(final),
             ) from error  # fmt: skip
         shutil.rmtree(final, ignore_errors=True)  # of the same step: a run that saves at its end saves twice
         os.replace(partial, final)
+        self._unusable.discard(final)
         _sync_folder(self.checkpoints)
         self._tidy()
         return Checkpoint(final, facts)
@@ -139,14 +144,16 @@ class RunFolder:
     def whole(self) -> list[Checkpoint]:
         """All whole checkpoints by step; those whose marker is damaged are named and left out."""
         found = []
-        for folder in sorted(self.checkpoints.glob("*")) if self.checkpoints.is_dir() else ():
-            if not re.fullmatch(r"\d+", folder.name):
-                continue
+        for folder in self._numbered():
             try:
                 found.append(Checkpoint(folder, json.loads((folder / MARKER).read_text(encoding="utf-8"))))
             except (OSError, ValueError, KeyError, TypeError) as error:
                 log.warning("%s is left out: its marker cannot be read (%s)", folder, error)
         return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+    def _numbered(self) -> list[Path]:
+        folders = sorted(self.checkpoints.glob("*")) if self.checkpoints.is_dir() else []
+        return [folder for folder in folders if re.fullmatch(r"\d+", folder.name)]
 
     def read_last(
         self, device: torch.device | str = "cpu", mmap: bool = False
@@ -162,16 +169,18 @@ class RunFolder:
                 return checkpoint, checkpoint.read(device, mmap)
             except Exception as error:  # whatever a damaged file makes torch.load raise
                 log.warning("%s cannot be used: %s", checkpoint.path, error)
-        if checkpoints:
+                self._unusable.add(checkpoint.path)
+        there = self._numbered()
+        if there:
             raise ValueError(
-                f"none of the {len(checkpoints)} checkpoints in {self.checkpoints} can be read: put one back from a "
+                f"none of the {len(there)} checkpoints in {self.checkpoints} can be read: put one back from a "
                 "copy, or choose another [run] folder"
             )
         return None
 
     def best(self) -> Checkpoint | None:
         """The one of the least validation loss, of those that have one."""
-        judged = [checkpoint for checkpoint in self.whole() if checkpoint.loss is not None]
+        judged = [one for one in self.whole() if one.loss is not None and one.path not in self._unusable]
         return min(judged, key=lambda checkpoint: checkpoint.loss) if judged else None
 
     def remove_partial(self) -> None:
@@ -181,7 +190,7 @@ class RunFolder:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _tidy(self) -> None:
-        checkpoints = self.whole()
+        checkpoints = [checkpoint for checkpoint in self.whole() if checkpoint.path not in self._unusable]
         kept = {checkpoint.path for checkpoint in checkpoints[-self.keep_last :]}
         best = self.best() if self.keep_best else None
         if best is not None:

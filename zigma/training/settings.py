@@ -64,7 +64,8 @@ def read_settings(path: Path, changes: Mapping[str, str] | None = None) -> Setti
         tables = toml.loads(path.read_text(encoding="utf-8-sig"))
         for key, text in (changes or {}).items():
             table, _, name = key.partition(".")
-            tables.setdefault(table, {})[name] = _value_of(toml, text)
+            if isinstance(tables.setdefault(table, {}), dict):  # what is none is refused below
+                tables[table][name] = _value_of(toml, text)
     except (toml.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no TOML ({error}): look at that line") from error
     return settings_from(tables)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..assets import available_models
 from ..autoencoder import Autoencoder, autoencoder_from_state_dict, load_autoencoder
 from ..checkpoint import CheckpointFile, read_checkpoint
 from ..conditions import ConditionFacts
@@ -74,8 +75,6 @@ def base_file(settings: Settings) -> CheckpointFile | None:
     name = settings.model.start_from
     if not name:
         return None
-    from ..assets import available_models
-
     path = Path(name)
     if not path.is_file():
         path = available_models().get(name, path)
@@ -89,7 +88,8 @@ def read_base_autoencoder(settings: Settings, base: CheckpointFile | None) -> Au
         ValueError: the model works on latents, and there is no autoencoder to make any.
     """
     if settings.data.autoencoder:
-        return load_autoencoder(Path(settings.data.autoencoder)).eval().requires_grad_(False)
+        shipped = available_models().get(settings.data.autoencoder)
+        return load_autoencoder(shipped or Path(settings.data.autoencoder)).eval().requires_grad_(False)
     if base is None or base.latent.pixel_space:
         return None
     if base.vae_state is None:

@@ -6,6 +6,9 @@ import dataclasses
 import difflib
 from typing import Any
 
+from ..solvers import ODE_SOLVERS
+from .adapters import DEFAULT_TARGETS, AdapterSettings
+
 __all__ = [
     "AdapterTable", "DataTable", "FlowTable", "ModelTable", "OptimizerTable", "RunTable", "SampleTable", "TextTable",
 ]  # fmt: skip
@@ -28,6 +31,11 @@ def _part(table: str, owner: Any, *names: str) -> None:
     for name in names:
         if not 0 <= getattr(owner, name) <= 1:
             raise ValueError(f"[{table}] {name} is {getattr(owner, name)}, expected a part between 0 and 1")
+
+
+def _seed(table: str, seed: int, bits: int) -> None:
+    if not 0 <= seed < 2**bits:
+        raise ValueError(f"[{table}] seed is {seed}, expected a whole number from 0 to {2**bits - 1}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +111,8 @@ class DataTable:
         bucket_step: sides of bucketed pictures are multiples of this many pixels; 0: the least that the model allows.
         flips: learn mirrored pictures too ("left" and "right" in captions change places).
         crops: how many crops along the longer side of each picture (1: the middle).
-        autoencoder: a VAE file; empty: the model file's own, or pixels if it has none.
+        autoencoder: a VAE file, or the name of a shipped model that carries one; empty: the model file's own, or
+            pixels if it has none.
         cache: folder of latents and text features; empty: `cache` in the run's folder.
         validation: part of the pictures kept for the validation loss, chosen by name; 0 for none.
     """
@@ -125,7 +134,7 @@ class DataTable:
         if not self.path:
             raise ValueError("[data] path is missing: give the folder of pictures")
         sides = self.size if isinstance(self.size, tuple) else (self.size,)
-        if len(sides) > 2 or min(sides) < 0:
+        if (isinstance(self.size, tuple) and len(sides) != 2) or min(sides, default=-1) < 0:
             raise ValueError(f"[data] size is {self.size}, expected a side in pixels, or [height, width]")
         _at_least("data", self, 1, "crops")
         _at_least("data", self, 0, "bucket_step")
@@ -154,8 +163,13 @@ class AdapterTable:
 
     def __post_init__(self) -> None:
         _among("adapter", "kind", self.kind, ("none", "lora", "lokr"))
-        _at_least("adapter", self, 1, "rank")
-        _part("adapter", self, "dropout")
+        if self.kind != "none":
+            self.settings()
+
+    def settings(self) -> AdapterSettings:
+        """What adapters.py makes of it. Raises ValueError for values out of their range."""
+        alpha, targets = self.alpha or float(self.rank), self.targets or DEFAULT_TARGETS
+        return AdapterSettings(self.kind, self.rank, alpha, self.factor, self.dropout, targets)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +232,7 @@ class OptimizerTable:
         _among("optimizer", "name", self.name, ("adamw", "adamw8bit", "prodigy", "muon"))
         _among("optimizer", "schedule", self.schedule, ("constant", "cosine", "linear"))
         _part("optimizer", self, "warmup", "hold")
-        if self.lr <= 0:
+        if not 0 < self.lr < float("inf"):
             raise ValueError(f"[optimizer] lr is {self.lr:g}, which trains nothing: expected a number above 0 (1e-4)")
         _at_least("optimizer", self, 0, "clip", "weight_decay", "muon_lr")
 
@@ -243,8 +257,12 @@ class SampleTable:
     count: int = 1
 
     def __post_init__(self) -> None:
+        _among("samples", "solver", self.solver, ODE_SOLVERS)
         _at_least("samples", self, 1, "steps", "count")
         _at_least("samples", self, 0, "every")
+        if not abs(self.guidance) < float("inf"):
+            raise ValueError(f"[samples] guidance is {self.guidance}, expected a number, such as 1 for none")
+        _seed("samples", self.seed, 64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,6 +316,7 @@ class RunTable:
         _among("run", "output_dtype", self.output_dtype, ("fp32", "fp16", "bf16"))
         _at_least("run", self, 1, "steps", "batch_size", "accumulate", "keep_last", "validate_every", "nan_limit")
         _at_least("run", self, 0, "minutes", "save_every", "save_steps")
+        _seed("run", self.seed, 32)  # numpy takes no more
         if not 0 <= self.ema < 1:
             raise ValueError(f"[run] ema is {self.ema}, expected a decay from 0 to below 1")
         if self.batch_size % self.accumulate:

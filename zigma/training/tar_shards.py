@@ -107,10 +107,18 @@ def _members(path: Path, notes: Notes) -> tuple[dict[str, dict[str, Stored]], st
                     notes.add("members that come twice in a shard, of which the last is taken", member.name)
                 parts[ending] = Stored(path, member.offset_data, member.size)
     except (tarfile.TarError, OSError, EOFError) as error:
-        if path.read_bytes()[:2] in (b"\x1f\x8b", b"BZ", b"\xfd7"):
+        if _beginning(path) in (b"\x1f\x8b", b"BZ", b"\xfd7"):
             return members, "it is a compressed .tar, in which no picture can be read by itself: unpack it once"
         return members, f"it is no .tar, or damaged from some place on ({error})"
     return members, ""
+
+
+def _beginning(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(2)
+    except OSError:
+        return b""
 
 
 def _picture_ending(name: str, parts: dict[str, Stored], notes: Notes) -> str | None:

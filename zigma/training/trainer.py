@@ -1,9 +1,9 @@
 """One run: batches, loss, update, average, checkpoints; the same again, bit for bit, after any interruption.
 
-    trainer = make_trainer(read_settings(Path("style.toml")))     # assemble.py
+    trainer = make_trainer(make_plan(read_settings(Path("style.toml"))))     # assemble.py
     with trainer.folder.locked():
         trainer.resume()
-        path = trainer.run()
+        finished = trainer.run()
 
 What a checkpoint holds is `Trainer.state`: weights, average, optimiser, loss scale, place in the data, and the state of
 every generator that a step draws from. A step is a function of that state and nothing else (but for [run] minutes,
@@ -47,6 +47,9 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FIXED = ("[model] start_from", "[model] weights", "[model] config", "[model] preset", "[adapter] ", "[flow] path",
          "[flow] prediction", "[text] encoder", "[text] width", "[text] length", "[run] seed", "[run] batch_size",
          "[optimizer] name", "[model] train", "[model] freeze", "[run] ema")  # fmt: skip
+# What else may have changed the examples.
+OF_EXAMPLES = ("[text] trigger", "[data] size", "[data] buckets", "[data] bucket_step", "[data] flips", "[data] crops",
+               "[data] validation", "[data] categories", "[data] names_as_captions")  # fmt: skip
 
 
 class LossIsNotFiniteError(RuntimeError):
@@ -315,15 +318,17 @@ class Trainer:
 
     def _check_same(self, before: Settings, digest: str) -> None:
         changed = differences(before, self.settings)
-        refused = [line for line in changed if line.startswith(FIXED)]
+        other = digest != self.examples.digest
+        refused = [line for line in changed if line.startswith(FIXED + OF_EXAMPLES * other)]
         if refused:
             raise ValueError(
                 f"{self.folder.path} holds a run with other settings ({'; '.join(refused)}): put them back, or choose "
                 "another [run] folder"
             )
-        if digest != self.examples.digest:
+        if other:
             raise ValueError(
-                f"the pictures of {self.folder.path} have changed since that run began: put them back, or choose "
+                f"the pictures of {self.folder.path}, or what goes with them (captions, labels, autoencoder), have "
+                "changed since that run began: put them back, or choose "
                 "another [run] folder and start from this one's model"
             )
         for line in changed:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import comfy.model_management
@@ -15,7 +17,8 @@ from comfy_api.latest import io
 
 from ..zigma.training.dataset import KINDS, read_dataset
 from ..zigma.training.preflight import inspect_data
-from .pictures import as_pictures
+from ..zigma.training.tar_shards import expand_braces
+from .pictures import as_pictures, with_last_empty
 from .schema import schema
 from .shown_text import shown
 from .training_run import TrainingData
@@ -90,7 +93,7 @@ class ZigMaDataset(io.ComfyNode):
         """Look again when a file was added, changed or removed."""
         try:
             return _fingerprint(_resolved(folder)) if folder.strip() else ""
-        except OSError:
+        except (OSError, RuntimeError):  # the latter of "~somebody"
             return "missing"
 
     @classmethod
@@ -117,7 +120,10 @@ def _resolved(folder: str) -> Path:
         FileNotFoundError: nothing is there.
     """
     text = folder.strip().strip("\"'")
-    given = Path(text).expanduser()
+    try:
+        given = Path(text).expanduser()
+    except RuntimeError as error:
+        raise FileNotFoundError(f"got the folder {text!r}, but nobody has that home: write the whole path") from error
     places = [given] if given.is_absolute() else [Path(folder_paths.get_input_directory()) / given, EXAMPLES / given]
     for place in places:
         if place.exists() or ("{" in text and place.parent.is_dir()):  # "shards/{000..012}.tar"
@@ -130,12 +136,25 @@ def _resolved(folder: str) -> Path:
 
 def _fingerprint(path: Path) -> str:
     """Of names, sizes and times of everything below."""
-    digest = hashlib.sha256(str(path).encode())
-    found = [(root, name) for root, _, names in os.walk(path, followlinks=False) for name in names]
-    for file in sorted(os.path.join(*pair) for pair in found) if path.is_dir() else [path] * path.is_file():
-        facts = os.stat(file)
-        digest.update(f"{file} {facts.st_size} {facts.st_mtime_ns}".encode())
+    digest = hashlib.sha256(os.fsencode(path))
+    for file in sorted(_below(path.parent if path.suffix == ".jsonl" else path)):  # which names pictures beside it
+        digest.update(os.fsencode(file))
+        with contextlib.suppress(OSError):  # a link into nowhere has a name alone
+            facts = os.stat(file)
+            digest.update(f"{facts.st_size} {facts.st_mtime_ns}".encode())
     return digest.hexdigest()
+
+
+def _below(path: Path) -> Iterator[str]:
+    """The files of a folder, those behind links too, each folder once; or those that a pattern of shards means."""
+    if not path.is_dir():
+        yield from map(str, expand_braces(str(path)))
+        return
+    seen = set()
+    for root, folders, names in os.walk(path, followlinks=True):
+        yield from (os.path.join(root, name) for name in names)
+        seen.add(os.path.realpath(root))
+        folders[:] = [name for name in folders if os.path.realpath(os.path.join(root, name)) not in seen]
 
 
 def _written(images: torch.Tensor, captions: str) -> Path:
@@ -143,6 +162,7 @@ def _written(images: torch.Tensor, captions: str) -> Path:
     lines = captions.rstrip().split("\n") if captions.strip() else [""]
     if len(lines) == 1:
         lines = lines * len(images)
+    lines = with_last_empty(lines, captions, len(images))
     if len(lines) != len(images):
         raise ValueError(
             f"write one line of captions for each picture, or one for all: got {len(lines)} lines for {len(images)} "

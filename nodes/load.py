@@ -42,7 +42,10 @@ def model_files() -> dict[str, Path]:
         for name in folder_paths.get_filename_list(folder):
             if not name.lower().endswith(SUFFIXES):
                 continue
-            path = Path(folder_paths.get_full_path_or_raise(folder, name))
+            there = folder_paths.get_full_path(folder, name)
+            if there is None:  # a link into nowhere, such as a drive that is not mounted
+                continue
+            path = Path(there)
             if path.resolve() not in known:
                 known.add(path.resolve())
                 found[f"{name} [{folder}]" if name in found else name] = (folder, path)
@@ -89,9 +92,11 @@ class ZigMaModelLoader(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, model_name: str) -> bool | str:
-        """Say before the run that a file is gone."""
-        return True if model_name in model_files() else _gone(model_name)
+    def validate_inputs(cls, model_name: str | None) -> bool | str:
+        """Say before the run that a file is gone. A name from another node is None until that has run."""
+        if model_name is None:
+            return True
+        return True if isinstance(model_name, str) and model_name in model_files() else _gone(model_name)
 
     @classmethod
     def fingerprint_inputs(cls, model_name: str, weight_dtype: str = "auto", weights: str = "ema") -> tuple:

@@ -48,16 +48,18 @@ class ZigMaLoraLoader(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, lora_name: str) -> bool | str:
-        """Say before the run that a file is gone."""
-        if folder_paths.get_full_path("loras", lora_name) is not None:
+    def validate_inputs(cls, lora_name: str | None) -> bool | str:
+        """Say before the run that a file is gone. A name from another node is None until that has run."""
+        if lora_name is None:
+            return True
+        if isinstance(lora_name, str) and folder_paths.get_full_path("loras", lora_name) is not None:
             return True
         return f"got the LoRA {lora_name!r}, but no such file is in models/loras: put it there and press R"
 
     @classmethod
-    def fingerprint_inputs(cls, model=None, lora_name: str = "", strength_model: float = 1.0) -> float:
+    def fingerprint_inputs(cls, model=None, lora_name: str | None = "", strength_model: float = 1.0) -> float:
         """Load again when the file has changed."""
-        path = folder_paths.get_full_path("loras", lora_name)
+        path = None if lora_name is None else folder_paths.get_full_path("loras", lora_name)
         return 0.0 if path is None else os.path.getmtime(path)
 
     @classmethod

@@ -19,3 +19,9 @@ def as_image(picture: Image.Image) -> torch.Tensor:
     """A picture -> IMAGE (1, h, w, 3) in [0, 1]."""
     pixels = torch.frombuffer(bytearray(picture.convert("RGB").tobytes()), dtype=torch.uint8)
     return pixels.view(1, picture.height, picture.width, 3).float() / 255
+
+
+def with_last_empty(lines: list[str], text: str, count: int) -> list[str]:
+    """The captions that a text without its end has, with as many of its last empty lines as `count` pictures need."""
+    missing = count - len(lines)
+    return lines + [""] * missing if 0 < missing <= text.count("\n") - (len(lines) - 1) else lines

@@ -18,7 +18,8 @@ SPACING = {
 SHIFT = {
     "default": 1.0, "min": 0.01, "max": 100.0, "step": 0.01,
     "tooltip": "Moves all steps towards the noise: 1 does not; for a picture twice as wide and high as the model "
-    "was trained on try 2. It costs nothing. Not needed if ModelSamplingAuraFlow has shifted the model.",
+    "was trained on try 2. It costs nothing. ModelSamplingAuraFlow shifts the steps of KSampler and BasicScheduler, "
+    "not these.",
 }  # fmt: skip
 
 

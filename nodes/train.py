@@ -147,7 +147,8 @@ def _summary(done: Finished, steps: int) -> str:
     losses = [entry["loss"] for entry in done.entries if entry.get("loss") is not None]
     last = losses[-max(1, len(losses) // 10) :]
     loss = f", loss {sum(last) / len(last):.4f} at the end" if last else ""
-    return f"{steps} steps{loss}\n{done.file}\n{done.file.with_name('report.html')}\n\n{done.data}"
+    more = f", more than the {steps} asked for: choose another run_name for a shorter run" if done.steps > steps else ""
+    return f"{done.steps} steps{more}{loss}\n{done.file}\n{done.file.with_name('report.html')}\n\n{done.data}"
 
 
 def _samples(done: Finished) -> torch.Tensor:

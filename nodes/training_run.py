@@ -81,12 +81,14 @@ class Finished:
     Attributes:
         file: the model, or the adapter. sheet: the last samples.
         entries: of the log, with "step" and "loss". data: the report on the pictures.
+        steps: that it has done, more than were asked for where it had them already.
     """
 
     file: Path
     sheet: Path | None
     entries: list[dict]
     data: str
+    steps: int
 
 
 def folder_of(run_name: str) -> Path:
@@ -221,7 +223,9 @@ def train(settings: Settings, clip=None, *, sample_every: int = 0, say: Callable
         bars.setdefault(what, comfy.utils.ProgressBar(total)).update_absolute(done, total)
 
     # Nodes run in inference mode, whose tensors cannot be trained.
-    with torch.inference_mode(False), torch.enable_grad(), _randomness_of_its_own():
+    # A second run in the folder is refused before its pictures are encoded.
+    holding = RunFolder(Path(settings.run.folder)).locked()
+    with holding, torch.inference_mode(False), torch.enable_grad(), _randomness_of_its_own():
         plan = make_plan(settings, progress)
         if plan.preflight.problems:
             raise ValueError(plan.preflight.problems[0])
@@ -229,13 +233,12 @@ def train(settings: Settings, clip=None, *, sample_every: int = 0, say: Callable
         process = OneProcess(device)
         trainer = make_trainer(plan, process, progress, frozen)
         _check_prompts(trainer)
-        with trainer.folder.locked():
-            try:
-                trainer.resume()
-            except ValueError as error:
-                raise ValueError(f"choose another run_name, or: {error}") from error
-            _follow(trainer, sample_every, say)
-            return _finish(trainer, plan)
+        try:
+            trainer.resume()
+        except ValueError as error:
+            raise ValueError(f"choose another run_name, or: {error}") from error
+        _follow(trainer, sample_every, say)
+        return _finish(trainer, plan)
 
 
 def _ask(*_) -> None:
@@ -296,7 +299,7 @@ def _finish(trainer: Trainer, plan: Plan) -> Finished:
     text = plan.preflight.text()
     write_report(trainer.folder, trainer.settings, file, text)
     _runs[trainer.folder.path] = (times_lost(trainer.folder.path), True)
-    return Finished(file, sheet, trainer.folder.log_entries(), text)
+    return Finished(file, sheet, trainer.folder.log_entries(), text, trainer.step)
 
 
 @contextmanager

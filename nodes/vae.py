@@ -26,8 +26,9 @@ def vae_files() -> dict[str, Path]:
     """Name in the list -> file: the shipped models', then models/vae, then model files that may carry one."""
     files = dict(available_models())
     for name in folder_paths.get_filename_list("vae"):
-        if name.lower().endswith(SUFFIXES):
-            files.setdefault(name, Path(folder_paths.get_full_path_or_raise("vae", name)))
+        path = folder_paths.get_full_path("vae", name)  # None of a link into nowhere
+        if path is not None and name.lower().endswith(SUFFIXES):
+            files.setdefault(name, Path(path))
     for name, path in model_files().items():
         files.setdefault(name, path)
     return files

@@ -106,6 +106,24 @@ def check_a_name_that_is_gone_is_refused_before_the_run(pack):
     assert node.validate_inputs("tiny.safetensors") is True
     sentence = node.validate_inputs("gone.safetensors")
     assert isinstance(sentence, str) and "gone.safetensors" in sentence and "\n" not in sentence
+    lora = pack.node("ZigMaLoraLoader")
+    assert node.validate_inputs(None) is True and lora.validate_inputs(None) is True, "a name that a node will give"
+    assert isinstance(node.validate_inputs(["tiny.safetensors"]), str) and isinstance(lora.validate_inputs([]), str)
+
+
+def check_links_into_nowhere_are_left_out(pack):
+    """Of a drive that is not mounted, say: the host lists their names."""
+    links = [BASE / "models" / folder / "unplugged.safetensors" for folder in ("checkpoints", "vae")]
+    for link in links:
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to("/nowhere/unplugged.safetensors")
+    try:
+        for name in ("ZigMaModelLoader", "ZigMaVAELoader"):
+            options = pack.node(name).INPUT_TYPES()["required"]
+            assert "unplugged" not in str(options) and "tiny.safetensors" in str(options), name
+    finally:
+        for link in links:
+            link.unlink()
 
 
 def check_a_changed_file_or_choice_is_loaded_again(pack):

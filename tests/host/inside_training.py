@@ -235,6 +235,7 @@ def check_pictures_of_the_graph_are_a_dataset(pack):
     assert abs(kept / 255 - images[1].numpy()).max() < 0.003
     assert dataset(pack, images=images, captions="red fox\n\napple")[0].path == data.path
     assert dataset(pack, images=images, captions="fox")[0].path != data.path
+    assert "captions: 2 of 3" in dataset(pack, images=images, captions="fox\nowl\n")[1]
     made = trained(pack, loaded(pack), "graph", data=data, steps=2)
     assert Path(made[2]).is_file()
 
@@ -246,6 +247,24 @@ def check_a_dataset_is_looked_at_again_when_its_files_change(pack):
     pictures("changing", (24, 16))
     assert node.fingerprint_inputs(folder=name, kind="auto") != before
     assert "6 of 6" in dataset(pack, "badges")[1]
+    folder = Path(folder_paths.get_input_directory()) / name
+    outside = Path(folder_paths.get_temp_directory()) / "linked here"
+    outside.mkdir(parents=True, exist_ok=True)
+    (folder / "dead.png").symlink_to("/nowhere/dead.png")
+    (folder / "linked").symlink_to(outside, target_is_directory=True)
+    seen = [node.fingerprint_inputs(folder=name)]
+    (outside / "new.txt").write_text("behind a link", encoding="utf-8")
+    seen.append(node.fingerprint_inputs(folder=name))
+    for part in (0, 1):
+        (folder / f"s-{part}.tar").write_bytes(b"shard")
+    seen += [node.fingerprint_inputs(folder=name), shards := node.fingerprint_inputs(folder=name + "/s-{0..1}.tar")]
+    (folder / "s-1.tar").write_bytes(b"another shard")
+    assert len(set(seen)) == 4 and node.fingerprint_inputs(folder=name + "/s-{0..1}.tar") != shards
+    (folder / "metadata.jsonl").write_text("{}", encoding="utf-8")
+    described = node.fingerprint_inputs(folder=name + "/metadata.jsonl")
+    (folder / "s-0.tar").unlink()
+    assert node.fingerprint_inputs(folder=name + "/metadata.jsonl") != described
+    assert node.fingerprint_inputs(folder="~nobody-has-this-name/x") == "missing"
 
 
 def check_a_run_whose_folder_was_deleted_is_run_again(pack):
@@ -321,4 +340,6 @@ def check_mistakes_in_training_are_sentences(pack):
     refused(lambda: trained(pack, parts, "taken", again=True, method="full"), "choose another run_name", "[adapter]")
     refused(lambda: trained(pack, parts, "taken", again=True, training_seed=5), "another run_name", "seed: 1 -> 5")
     data = dataset(pack, "badges", size=32)[0]
+    refused(lambda: trained(pack, parts, "taken", again=True, data=data), "another run_name", "[data] size: 0 -> 32")
+    data = dataset(pack, "badges")[0]
     refused(lambda: trained(pack, parts, "taken", again=True, data=data), "the pictures of", "have changed")

@@ -27,7 +27,7 @@ def declared(schemas):
 
 def test_the_nodes_declare_what_the_contract_says(declared):
     assert as_text(declared) == CURRENT.read_text(encoding="utf-8"), (
-        "the nodes' ids, inputs or outputs have changed: if that is meant, run `python tests/nodes/contract.py` and "
+        "the nodes' ids, inputs or outputs have changed: if that is meant, run `python tools/declarations.py` and "
         "say so in CHANGELOG.md"
     )
 

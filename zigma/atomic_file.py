@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,18 +26,21 @@ _DTYPE_NAMES = {
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file in the same folder that takes the place of `path` once it is complete and on the disk."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
+    # Not by tempfile, whose files nobody else may read; to look up the umask is to change it for all threads.
+    temporary = path.parent / f".{path.stem}-{secrets.token_hex(4)}.tmp"
+    with temporary.open("xb") as file:
+        try:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp's own mode lets nobody else read the file
+        except BaseException:
+            file.close()  # or Windows does not remove it
+            temporary.unlink(missing_ok=True)
+            raise
+    try:
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     if os.name == "posix":  # the name, too, has to survive a power cut
         folder = os.open(path.parent, os.O_RDONLY)

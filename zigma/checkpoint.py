@@ -242,7 +242,7 @@ def save_checkpoint(
     model: ZigMa, path: str | os.PathLike, metadata: Mapping[str, str] | None = None, *,
     text_encoder: WordTextEncoder | None = None, autoencoder: Autoencoder | None = None,
     latent: LatentFormat | None = None, condition: ConditionFacts | None = None, dtype: torch.dtype | None = None,
-    precise: bool = False,
+    precise: bool = True,
 ) -> None:  # fmt: skip
     """Write a model file; a file of that name is replaced only when the new one is complete.
 

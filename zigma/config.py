@@ -108,7 +108,8 @@ class ZigMaConfig:
         object.__setattr__(self, "img_dim", sides)
         if self.dt_rank is None:
             object.__setattr__(self, "dt_rank", math.ceil(self.embed_dim / 16))
-        for field in ("in_channels", "embed_dim", "depth", "patch_size", "d_state", "d_conv", "expand", "dt_rank"):
+        for field in ("in_channels", "embed_dim", "depth", "patch_size", "d_state", "d_conv", "expand", "dt_rank",
+                      "n_residuals_per_layer"):
             if getattr(self, field) < 1:
                 raise ValueError(f"ZigMaConfig.{field} is {getattr(self, field)}, but it has to be at least 1")
         if len(sides) != 2 or min(sides) < 1 or any(side % self.patch_size for side in sides):
@@ -160,6 +161,15 @@ class ZigMaConfig:
             raise ValueError(
                 "ZigMaConfig.mixer is 'attention' with share_ssm or scan_type 'v2', which concern state-space layers: "
                 "leave share_ssm False and choose another scan_type"
+            )
+        if not 0 <= self.drop_path_rate < 1:
+            raise ValueError(f"ZigMaConfig.drop_path_rate is {self.drop_path_rate}, expected a part from 0 to below 1")
+        if not self.norm_epsilon > 0:
+            raise ValueError(f"ZigMaConfig.norm_epsilon is {self.norm_epsilon}, but it has to be above 0")
+        if not 0 < self.dt_min <= self.dt_max or not self.dt_init_floor > 0:
+            raise ValueError(
+                f"ZigMaConfig.dt_min, dt_max and dt_init_floor are {self.dt_min}, {self.dt_max} and "
+                f"{self.dt_init_floor}, expected step sizes above 0 and dt_min at most dt_max"
             )
         if self.dt_init not in ("random", "constant"):
             raise ValueError(f"ZigMaConfig.dt_init is {self.dt_init!r}, expected 'random' or 'constant'")
@@ -251,10 +261,15 @@ class ZigMaConfig:
             fields = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"the configuration is not JSON ({error}): the file is damaged or not ours") from error
+        if not isinstance(fields, dict):
+            raise ValueError(f"the configuration is {text[:40]!r}, expected a JSON object: the file is not ours")
         known = {field.name for field in dataclasses.fields(cls)}
         strange = sorted(set(fields) - known)
         if strange:
             raise ValueError(f"the configuration has unknown fields {', '.join(strange)}: a newer version wrote it")
+        required = {field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING}
+        if missing := sorted(required - set(fields)):
+            raise ValueError(f"the configuration has no {', '.join(missing)}: the file is damaged or not ours")
         return cls(**fields)
 
 

@@ -307,6 +307,13 @@ class TorchFile:
             raise
         except _ZIP_ERRORS as error:
             raise self._no_zip() from error
+        try:
+            self._open()
+        except BaseException:  # or the file of an error that somebody keeps stays open, and on Windows locked
+            self._zip.close()
+            raise
+
+    def _open(self) -> None:
         entries = {entry.filename: entry for entry in self._zip.infolist()}
         pickles = [name for name in entries if name == "data.pkl" or name.endswith("/data.pkl")]
         if len(pickles) != 1:

@@ -45,12 +45,22 @@ class SamplingSettings:
             raise ValueError(f"got {self.steps!r} steps, but expected a whole number from 1")
         if self.solver not in ODE_SOLVERS:
             raise ValueError(f"got the solver {self.solver!r}, but expected one of {', '.join(ODE_SOLVERS)}")
+        number = isinstance(self.guidance, int | float) and not isinstance(self.guidance, bool)
+        if not number or not abs(self.guidance) < float("inf"):
+            raise ValueError(f"got the guidance {self.guidance!r}, but expected a number, such as 1 for none")
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> SamplingSettings:
         """The settings that a file recommends, and this class's defaults for what it leaves open."""
-        stated = json.loads(metadata.get("zigma.sampling", "{}"))
-        return cls(**{field.name: stated[field.name] for field in dataclasses.fields(cls) if field.name in stated})
+        text = metadata.get("zigma.sampling", "{}")
+        try:
+            stated = json.loads(text)
+            return cls(**{field.name: stated[field.name] for field in dataclasses.fields(cls) if field.name in stated})
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"the model file recommends {text[:60]!r} as zigma.sampling, which cannot be read ({error}): give "
+                "steps, solver and guidance, or write the file again"
+            ) from error
 
 
 @torch.no_grad()
@@ -132,13 +142,19 @@ def _given_noise(bundle: Bundle, noise: torch.Tensor, condition: torch.Tensor | 
             f"got {len(noise)} noises for {prompted} prompts and count {count}, but expected one for each prompt and "
             "count 1"
         )
-    return noise.to(next(bundle.model.parameters()).device)
+    return _for_model(bundle, noise)
 
 
 def flow_of(metadata: Mapping[str, str]) -> tuple[Path, str]:
     """Path and prediction that a file's model was trained with: linear and velocity unless it says otherwise."""
     stated = json.loads(metadata.get("zigma.flow", "{}"))
     return choose(PATHS, stated.get("path", "linear"), "flow path")(), stated.get("prediction", "velocity")
+
+
+def _for_model(bundle: Bundle, noise: torch.Tensor) -> torch.Tensor:
+    """On the model's device, and in the dtype that its first layer takes."""
+    weight = bundle.model.x_embedder.proj.weight
+    return noise.to(weight.device, weight.dtype if weight.is_floating_point() else None)
 
 
 def initial_noise(bundle: Bundle, count: int, seed: int) -> torch.Tensor:
@@ -149,7 +165,7 @@ def initial_noise(bundle: Bundle, count: int, seed: int) -> torch.Tensor:
     # Channels before frames, as ComfyUI has them: the same seed is the same noise there.
     noise = torch.randn((count, config.in_channels, *frames, *config.img_dim), generator=generator)
     noise = noise.transpose(1, 2).contiguous() if frames else noise
-    return noise.to(next(bundle.model.parameters()).device)
+    return _for_model(bundle, noise)
 
 
 def _conditions(
@@ -211,6 +227,11 @@ def _label_conditions(
 
 def _decode(bundle: Bundle, latents: torch.Tensor) -> torch.Tensor:
     """Latents of the model (b, [f,] c, h, w) -> images (b, [f,] 3, H, W) in [-1, 1], frame by frame."""
+    if not latents.isfinite().all():
+        raise ValueError(
+            "the model made latents that are no numbers: `python -m zigma inspect` says whether its file is sound; "
+            "else take a smaller guidance, or float32"
+        )
     if bundle.latent.pixel_space:
         return latents.clamp(-1, 1)
     latents = bundle.latent.to_vae(latents)

@@ -86,6 +86,10 @@ def test_half_precision_is_kept_in_the_file_and_widened_on_loading(path, tmp_pat
     model, _, _ = build()
     path = tmp_path / "half.safetensors"
     save_checkpoint(model, path, dtype=torch.float16)
+    for key, value in read_checkpoint(path).state_dict.items():
+        precise = key.rpartition(".")[2] in FLOAT32_PARAMETERS
+        assert value.dtype == (torch.float32 if precise else torch.float16), key
+    save_checkpoint(model, path, dtype=torch.float16, precise=False)
     assert {value.dtype for value in read_checkpoint(path).state_dict.values()} == {torch.float16}
     assert {p.dtype for p in load_checkpoint(path).parameters()} == {torch.float32}
     loaded = load_checkpoint(path, dtype=torch.bfloat16)

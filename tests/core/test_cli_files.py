@@ -12,6 +12,7 @@ from zigma import ZigMa, ZigMaConfig, load_checkpoint, save_checkpoint
 from zigma.autoencoder import TinyAutoencoder
 from zigma.checkpoint import LatentFormat, load_bundle
 from zigma.cli import main
+from zigma.mixer import FLOAT32_PARAMETERS
 from zigma.sampling import SamplingSettings, sample
 from zigma.sheet import save_animation
 
@@ -58,7 +59,9 @@ def test_a_published_file_becomes_one_that_describes_itself(root, tmp_path, vae,
 def test_convert_keeps_or_changes_the_numbers_format(root, tmp_path):
     half = tmp_path / "half.safetensors"
     run("convert", root / "tests/data/published_checkpoint.pt", half, "--dtype", "float16")
-    assert {value.dtype for value in load_file(half).values()} == {torch.float16}
+    for key, value in load_file(half).items():  # a rounded A is another decay
+        precise = key.rpartition(".")[2] in FLOAT32_PARAMETERS
+        assert value.dtype == (torch.float32 if precise else torch.float16), key
     run("convert", half, tmp_path / "again.safetensors")  # loses nothing, gains nothing
     assert all(torch.equal(v, load_file(half)[k]) for k, v in load_file(tmp_path / "again.safetensors").items())
 

@@ -59,6 +59,12 @@ def test_the_default_device_changes_nothing_in_the_first_use_of_a_kernel(monkeyp
     torch.testing.assert_close(out, expected)
 
 
+def test_a_sign_that_is_not_yet_in_memory_counts():
+    z, weight = torch.randn(1, 6, 1, dtype=torch.complex64).conj().imag, torch.randn(1, 3)
+    assert z.is_neg()
+    assert torch.equal(ordered_conv1d_silu(z, weight), ordered_conv1d_silu(z.clone(), weight))
+
+
 META = torch.empty(8, device="meta")
 
 

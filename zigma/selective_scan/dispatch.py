@@ -35,7 +35,7 @@ ENVIRONMENT_VARIABLE = "ZIGMA_SCAN_BACKEND"
 # "cuda" is also what torch calls AMD's GPUs, where mamba-ssm's kernels say that they cannot run.
 PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("native",), "cuda": ("mamba-ssm", "triton")}
 
-TAKEN_BY_ALL = (16, 4)  # states per channel, taps of a convolution
+TAKEN_BY_ALL, NO_LIMITS = (16, 4), (0, 0)  # states per channel, taps of a convolution
 
 _said: set[str] = set()
 _chosen: dict[tuple, str] = {}  # the choice looks at files and environment, and a layer asks for it several times
@@ -72,7 +72,9 @@ def select_backend(name: str | None, *tensors: Tensor | None, states: int = 0, c
         RuntimeError: the named backend cannot run here or cannot take these inputs.
     """
     # What every backend takes decides nothing, and a tracer need not know it.
-    limits = (states if states > TAKEN_BY_ALL[0] else 0, conv_width if conv_width > TAKEN_BY_ALL[1] else 0)
+    limits = NO_LIMITS
+    if states > TAKEN_BY_ALL[0] or conv_width > TAKEN_BY_ALL[1]:
+        limits = (states, conv_width)
     return _select(name, limits, *dict.fromkeys((t.device, t.dtype) for t in tensors if t is not None))
 
 

@@ -43,9 +43,10 @@ def describe() -> str:
 
 
 def _dense_rows(t: Tensor | None) -> Tensor | None:
-    """t itself if its last dimension is contiguous, which is all the kernel asks for; else a copy."""
-    t = t if t is None or not t.is_neg() else t.resolve_neg()  # a sign that is not yet in memory
-    return t if t is None or t.shape[-1] <= 1 or t.stride(-1) == 1 else t.contiguous()
+    """t itself if its last dimension is contiguous, all the kernel asks for, and its sign in memory; else a copy."""
+    if t is None or ((t.stride(-1) == 1 or t.shape[-1] <= 1) and not t.is_neg()):
+        return t
+    return t.resolve_neg().contiguous()
 
 
 def _rows(t: Tensor | None) -> tuple[int, int, int, int]:

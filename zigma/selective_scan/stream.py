@@ -83,21 +83,29 @@ def add_norm(
 
 
 def _check(base, mix, gate, residual, weight, bias, shift, scale, gather) -> None:
-    """The kernels read addresses, and would read beyond the end of what is smaller."""
-    b, l, d = shape = base.shape
-    one, device = (b, 1, d), base.device
-    for name, t, wanted in (
-        ("mix", mix, shape), ("gate", gate, one), ("residual", residual, shape), ("weight", weight, (d,)),
-        ("bias", bias, (d,)), ("shift", shift, one), ("scale", scale, one),
-    ):  # fmt: skip
-        if t is not None and (t.shape != wanted or t.device != device):
-            raise ValueError(
-                f"add_norm: {name} has shape {tuple(t.shape)} on {t.device}, expected {tuple(wanted)} on {device}"
-            )
-    if gather is not None and (gather.dtype != torch.long or gather.shape != (l,) or gather.device != device):
+    """The kernels read addresses, and would read beyond the end of what is smaller. That the stream and the modulation
+    are on one device, the choice of a backend asks.
+    """
+    b, l, d = rows = base.shape
+    row, width, device = (b, 1, d), (d,), base.device
+    wrong = (
+        (mix is not None and mix.shape != rows and ("mix", mix, rows))
+        or (residual is not None and residual.shape != rows and ("residual", residual, rows))
+        or (gate is not None and gate.shape != row and ("gate", gate, row))
+        or (shift is not None and shift.shape != row and ("shift", shift, row))
+        or (scale is not None and scale.shape != row and ("scale", scale, row))
+        or (weight is not None and (weight.shape != width or weight.device != device) and ("weight", weight, width))
+        or (bias is not None and (bias.shape != width or bias.device != device) and ("bias", bias, width))
+    )
+    if wrong:
+        name, t, shape = wrong
+        raise ValueError(
+            f"add_norm: {name} has shape {tuple(t.shape)} on {t.device}, expected {tuple(shape)} on {base.device}"
+        )
+    if gather is not None and (gather.dtype != torch.long or gather.shape != (l,) or gather.device != base.device):
         raise ValueError(
             f"add_norm: the gather is {gather.dtype} of shape {tuple(gather.shape)} on {gather.device}, expected an "
-            f"int64 permutation of {l} rows on {device}"
+            f"int64 permutation of {l} rows on {base.device}"
         )
 
 

@@ -159,12 +159,12 @@ def scan_order_command(options: argparse.Namespace) -> Iterator[str]:
 
 
 def _read_picture(path: Path) -> Image.Image:
-    from PIL import Image
+    from .training.picture_files import PictureError, read_picture
 
     try:
-        return Image.open(path).convert("RGB")
-    except OSError as error:
-        raise UserError(f"give --over a picture: {path} cannot be read as one ({error})") from error
+        return read_picture(path, str(path))  # upright, and on white
+    except PictureError as error:
+        raise UserError(f"give --over a picture: {path} cannot be read as one ({error.reason})") from error
 
 
 def doctor_command(options: argparse.Namespace) -> Iterator[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from .atomic_file import replacing
 from .fonts import Font, font_for
 
 __all__ = [
@@ -174,9 +175,8 @@ def _encode_mp4(frames: Sequence[Image.Image], target: io.BytesIO, fps: int) -> 
 
 def _write(encoded: io.BytesIO, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_bytes(encoded.getvalue())
-    os.replace(unfinished, path)
+    with replacing(path) as file:
+        file.write(encoded.getvalue())
     return path
 
 

@@ -209,6 +209,13 @@ def test_scan_order_draws_over_a_picture_and_prints_its_measures(tmp_path, capsy
     drawn = Image.open(out)
     assert drawn.size == (96, 64) and drawn.getpixel((16, 0)) == (10, 90, 40) != drawn.getpixel((24, 8))
     assert "say with --png" in failure(capsys, "scan-order", "sweep", "--over", under)
+    turned = Image.new("RGBA", (64, 96), (200, 0, 0, 0))  # a telephone's picture, lying, of nothing but transparency
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(under, exif=exif)
+    assert main(["scan-order", "sweep", "--index", "0", *size, "--over", str(under), "--png", str(out)]) == 0
+    drawn = Image.open(out)
+    assert drawn.size == (96, 64) and drawn.getpixel((16, 0)) == (255, 255, 255) and capsys.readouterr().out
     under.write_text("no picture")
     assert "cannot be read" in failure(capsys, "scan-order", "sweep", "--over", under, "--png", out)
 

@@ -136,6 +136,21 @@ def test_a_compiled_model_takes_another_batch_in_inference():
             torch.testing.assert_close(compiled(x[:batch], t[:batch]), model(x[:batch], t[:batch]))
 
 
+def test_a_compiled_training_does_not_compile_anew_for_every_batch():
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model = tiny(drop_path_rate=0.0).train()
+    compiled = torch.compile(model, backend=backend)
+    x, t, _ = inputs(model, batch=7)
+    for batch in range(2, 8):
+        compiled(x[:batch], t[:batch]).square().sum().backward()
+    assert len(graphs) <= 2  # for the first batch, and for any
+
+
 def test_token_orders_set_anew_or_changed_are_read():
     model = tiny(scan_type="zigzagN8").eval()
     x, t, y = inputs(model)

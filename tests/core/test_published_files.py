@@ -12,6 +12,7 @@ import sys
 import time
 import zipfile
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -424,3 +425,16 @@ def test_damage_anywhere_ends_in_a_sentence_or_in_a_model(root, tmp_path, part):
             refused += 1
             assert "\n" not in str(error)
     assert refused > 50
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="the system does not list open files")
+def test_a_refused_file_is_closed(tmp_path):
+    """Whoever keeps the error would keep the file open, which Windows then lets nobody remove."""
+    path = tmp_path / "twice.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("a/data.pkl", "b/data.pkl"):
+            archive.writestr(name, b"")
+    with pytest.raises(PickleError, match=r"2 entries data\.pkl") as kept:
+        TorchFile(path)
+    opened = [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]
+    assert kept and str(path.resolve()) not in opened

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import comfy.model_management
@@ -15,10 +14,12 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
+from ..zigma.training.caption_files import Notes
+from ..zigma.training.data_sources import walk
 from ..zigma.training.dataset import KINDS, read_dataset
 from ..zigma.training.preflight import inspect_data
 from ..zigma.training.tar_shards import expand_braces
-from .pictures import as_pictures, with_last_empty
+from .pictures import as_pictures, caption_lines
 from .schema import schema
 from .shown_text import shown
 from .training_run import TrainingData
@@ -137,7 +138,9 @@ def _resolved(folder: str) -> Path:
 def _fingerprint(path: Path) -> str:
     """Of names, sizes and times of everything below."""
     digest = hashlib.sha256(os.fsencode(path))
-    for file in sorted(_below(path.parent if path.suffix == ".jsonl" else path)):  # which names pictures beside it
+    folder = path.parent if path.suffix == ".jsonl" else path  # which names pictures beside it
+    files = [folder / name for name in walk(folder, Notes())] if folder.is_dir() else expand_braces(str(path))
+    for file in files:
         digest.update(os.fsencode(file))
         with contextlib.suppress(OSError):  # a link into nowhere has a name alone
             facts = os.stat(file)
@@ -145,24 +148,9 @@ def _fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _below(path: Path) -> Iterator[str]:
-    """The files of a folder, those behind links too, each folder once; or those that a pattern of shards means."""
-    if not path.is_dir():
-        yield from map(str, expand_braces(str(path)))
-        return
-    seen = set()
-    for root, folders, names in os.walk(path, followlinks=True):
-        yield from (os.path.join(root, name) for name in names)
-        seen.add(os.path.realpath(root))
-        folders[:] = [name for name in folders if os.path.realpath(os.path.join(root, name)) not in seen]
-
-
 def _written(images: torch.Tensor, captions: str) -> Path:
     """A folder with pictures (b, h, w, c) of a graph, and their captions; the same for the same contents."""
-    lines = captions.rstrip().split("\n") if captions.strip() else [""]
-    if len(lines) == 1:
-        lines = lines * len(images)
-    lines = with_last_empty(lines, captions, len(images))
+    lines = caption_lines(captions, len(images), one_for_all=True)
     if len(lines) != len(images):
         raise ValueError(
             f"write one line of captions for each picture, or one for all: got {len(lines)} lines for {len(images)} "

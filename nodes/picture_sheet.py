@@ -7,7 +7,7 @@ from comfy_api.latest import io
 
 from ..zigma.sheet import enlarge as enlarged
 from ..zigma.sheet import labelled_sheet
-from .pictures import as_image, as_pictures, with_last_empty
+from .pictures import as_image, as_pictures, caption_lines
 from .schema import schema
 
 MORE = tuple(f"images_{number}" for number in range(2, 9))
@@ -61,8 +61,7 @@ class ZigMaPictureSheet(io.ComfyNode):
         """Collect the pictures in the order of the inputs, match captions, draw."""
         batches = [images, *(more[name] for name in MORE if more.get(name) is not None)]
         pictures = [enlarged(picture, enlarge) for batch in batches for picture in as_pictures(batch)]
-        lines = captions.rstrip().split("\n") if captions.strip() else [""] * len(pictures)
-        lines = with_last_empty(lines, captions, len(pictures))
+        lines = caption_lines(captions, len(pictures))
         if len(lines) != len(pictures):
             raise ValueError(
                 f"write one line of captions for each picture, an empty line for none: got {len(lines)} captions for "

@@ -21,7 +21,14 @@ def as_image(picture: Image.Image) -> torch.Tensor:
     return pixels.view(1, picture.height, picture.width, 3).float() / 255
 
 
-def with_last_empty(lines: list[str], text: str, count: int) -> list[str]:
-    """The captions that a text without its end has, with as many of its last empty lines as `count` pictures need."""
+def caption_lines(text: str, count: int, one_for_all: bool = False) -> list[str]:
+    """The captions of `count` pictures, one in each line: all empty where there is no text, the last ones empty where
+    the text ends in empty lines. Whoever asks looks at how many they are.
+
+    one_for_all: a single caption is that of every picture.
+    """
+    lines = text.rstrip().split("\n")
     missing = count - len(lines)
+    if len(lines) == 1 and (one_for_all or not text.strip()):
+        return lines * count
     return lines + [""] * missing if 0 < missing <= text.count("\n") - (len(lines) - 1) else lines

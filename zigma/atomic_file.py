@@ -28,16 +28,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file in the same folder that takes the place of `path` once it is complete and on the disk."""
     # Not by tempfile, whose files nobody else may read; to look up the umask is to change it for all threads.
     temporary = path.parent / f".{path.stem}-{secrets.token_hex(4)}.tmp"
-    with temporary.open("xb") as file:
-        try:
+    try:
+        with temporary.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        except BaseException:
-            file.close()  # or Windows does not remove it
-            temporary.unlink(missing_ok=True)
-            raise
-    try:
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -121,6 +121,7 @@ class ZigMaConfig:
             raise ValueError(f"ZigMaConfig.video_frames is {self.video_frames}, expected 0 for images or a length")
         self._check_embeddings()
         self._check_mixer()
+        self._check_ranges()
         # Raises for a name that means nothing, and for video orders without frames or frames without video orders.
         LayerSchedule(self.scan_type, self.depth, video=self.video_frames > 0)
         if self.legacy_permutation and (self.video_frames or self.scan_type == "v2"):
@@ -162,6 +163,10 @@ class ZigMaConfig:
                 "ZigMaConfig.mixer is 'attention' with share_ssm or scan_type 'v2', which concern state-space layers: "
                 "leave share_ssm False and choose another scan_type"
             )
+        if self.dt_init not in ("random", "constant"):
+            raise ValueError(f"ZigMaConfig.dt_init is {self.dt_init!r}, expected 'random' or 'constant'")
+
+    def _check_ranges(self) -> None:
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"ZigMaConfig.drop_path_rate is {self.drop_path_rate}, expected a part from 0 to below 1")
         if not self.norm_epsilon > 0:
@@ -171,8 +176,6 @@ class ZigMaConfig:
                 f"ZigMaConfig.dt_min, dt_max and dt_init_floor are {self.dt_min}, {self.dt_max} and "
                 f"{self.dt_init_floor}, expected step sizes above 0 and dt_min at most dt_max"
             )
-        if self.dt_init not in ("random", "constant"):
-            raise ValueError(f"ZigMaConfig.dt_init is {self.dt_init!r}, expected 'random' or 'constant'")
 
     @property
     def grid(self) -> tuple[int, int]:

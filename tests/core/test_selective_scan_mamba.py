@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from zigma.selective_scan import mamba_backend, reference
+from zigma.selective_scan import dispatch, mamba_backend, reference
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 HALF = (torch.float32, torch.float16, torch.bfloat16)
@@ -308,6 +308,12 @@ def test_a_nan_stays_in_its_batch_item(extension):
     out, _ = mamba_backend.scan_forward(*inputs, True, None, None, False)
     assert torch.equal(out[[0, 2]], clean[[0, 2]])
     assert out[1, 20:].isnan().all()
+
+
+def test_too_many_states_are_refused():
+    kind = dispatch._Kind(torch.device("cuda"), torch.float32)
+    assert dispatch._unsupported(mamba_backend, (257, 4), (kind,)) == "takes at most 256 states per channel, not 257"
+    assert dispatch._unsupported(mamba_backend, (256, 4), (kind,)) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from test_command import pictures, tables, write_config
 
 from zigma.training.run_folder import RunFolder
@@ -26,7 +27,9 @@ def losses(folder: Path) -> list[float]:
 def test_two_processes_have_the_loss_curve_of_one(tmp_path, accumulate, optimizer):
     pytest.importorskip("accelerate")
     data = pictures(tmp_path / "pictures")
-    run = {"steps": 6, "batch_size": 4, "accumulate": accumulate}
+    for number in range(2):  # so that eight are left when a fifth is kept for validation
+        Image.new("RGB", (20, 16), (40 * number, 90, 120)).save(data / f"more {number}.png")
+    run = {"steps": 6, "batch_size": 8, "accumulate": accumulate}
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     # As `accelerate launch` starts processes for GPUs; on one machine it knows no other way for a CPU but one process.
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -108,7 +108,7 @@ def trainer_lines(plan: Plan, trainer: Trainer) -> list[str]:
         f"{trainer.device}"
     ]
     seconds, memory = measured_step(trainer)
-    state = 4 * learning * 3 + 4 * whole  # two moments and an average beside the weights
+    state = 4 * learning * 4  # two moments and an average beside the weights; what is frozen is not kept again
     done = max((checkpoint.step for checkpoint in trainer.folder.whole()), default=0)
     return lines + estimate(
         seconds, run.steps, done=done, steps_per_epoch=trainer.order.steps_per_epoch, memory=memory,

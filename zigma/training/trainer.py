@@ -318,14 +318,15 @@ class Trainer:
 
     def _check_same(self, before: Settings, digest: str) -> None:
         changed = differences(before, self.settings)
-        other = digest != self.examples.digest
-        refused = [line for line in changed if line.startswith(FIXED + OF_EXAMPLES * other)]
+        other_examples = digest != self.examples.digest
+        fixed = (*FIXED, *OF_EXAMPLES) if other_examples else FIXED
+        refused = [line for line in changed if line.startswith(fixed)]
         if refused:
             raise ValueError(
                 f"{self.folder.path} holds a run with other settings ({'; '.join(refused)}): put them back, or choose "
                 "another [run] folder"
             )
-        if other:
+        if other_examples:
             raise ValueError(
                 f"the pictures of {self.folder.path}, or what goes with them (captions, labels, autoencoder), have "
                 "changed since that run began: put them back, or choose "

@@ -29,7 +29,7 @@ from .mixer import SSM, Attention, CrossAttention, Mamba, read_weights
 from .scan_orders import LayerSchedule, is_order
 from .scratch import Scratch
 from .selective_scan import Stream, add_norm, gather_rows
-from .selective_scan.reference import beyond_this_call
+from .selective_scan.surroundings import beyond_this_call
 
 __all__ = ["Condition", "ZigMa"]
 
@@ -223,16 +223,17 @@ class ZigMa(nn.Module):
             if self.token_orders is not None and not torch.compiler.is_compiling():
                 return self._scans(grid, frames, device, self.token_orders)  # which may be set anew
             return self._own_scans(grid, frames, device)
-        if any(order.is_inference() for order in given):  # these do not count their changes
-            return self._as_scans(self._checked_orders(given, grid, frames), grid, frames, device)
-        # A sampling run gives the same tensors at every step; a few runs may take turns.
-        key = ([order._version for order in given], grid, frames, device)
-        for known, orders, scans in self._given:
-            if known == key and all(a is b for a, b in zip(orders, given, strict=True)):
-                return scans
+        key = None
+        if not any(order.is_inference() for order in given):  # these do not count their changes
+            # A sampling run gives the same tensors at every step; a few runs may take turns.
+            key = ([order._version for order in given], grid, frames, device)
+            for known, orders, scans in self._given:
+                if known == key and all(a is b for a, b in zip(orders, given, strict=True)):
+                    return scans
         with beyond_this_call():
             scans = self._as_scans(self._checked_orders(given, grid, frames), grid, frames, device)
-        self._given = [*self._given[1 - KEPT_SCANS :], (key, list(given), scans)]
+        if key is not None:
+            self._given = [*self._given[1 - KEPT_SCANS :], (key, list(given), scans)]
         return scans
 
     def _own_scans(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import native_library, reference
+from . import native_library, reference, surroundings
 from .native_library import CONV_ARGS, NORM_ARGS, SCAN_ARGS, NativeLibrary, NativeUnavailable
 
 NAME = "native"
@@ -236,7 +236,7 @@ def _run_norm(
 
 def self_test(library: NativeLibrary) -> str | None:
     """A small problem, forward and backward, against the reference; what went wrong, or None."""
-    with reference.autograd_of_its_own("cpu"):
+    with surroundings.autograd_of_its_own("cpu"):
         generator = torch.Generator("cpu").manual_seed(0)
         b, l, d, n = 2, 19, 21, 16
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import custom_ops, reference
+from .checks import check_devices, check_order, check_shape
 from .dispatch import select_backend
 
 
@@ -50,7 +51,7 @@ def selective_scan(
         RuntimeError: a backend was asked for by name and cannot run.
     """
     _check_scan(u, delta, A, B, C, D, z, delta_bias)
-    _check_order(order, u)
+    check_order("the token order", order, u)
     name = select_backend(backend, u, delta, B, C, z, states=A.shape[1])
     return _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, order, order, name)
 
@@ -79,7 +80,7 @@ def selective_scan_gathered(
     on the native backend it takes that of delta without an order, that of z with one. No other input lies there.
     """
     _check_scan(u, delta, A, B, C, D, z, delta_bias)
-    _check_order(order, u)
+    check_order("the token order", order, u)
     name = select_backend(backend, u, delta, B, C, z, states=A.shape[1])
     return _scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, None, order, name, overwrite_delta, overwrite_z)
 
@@ -110,19 +111,17 @@ def ordered_conv1d_silu(
     Raises:
         ValueError, RuntimeError: as in `selective_scan`.
     """
-    _check("x", x, "(b, l, d)", (None, None, None))
+    check_shape("x", x, "(b, l, d)", (None, None, None))
     if weight.ndim == 3:
-        _check("weight", weight, "(d, 1, k) or (d, k)", (x.shape[2], 1, None))
+        check_shape("weight", weight, "(d, 1, k) or (d, k)", (x.shape[2], 1, None))
         weight = weight.squeeze(1)
-    _check("weight", weight, "(d, 1, k) or (d, k)", (x.shape[2], None))
+    check_shape("weight", weight, "(d, 1, k) or (d, k)", (x.shape[2], None))
     if not weight.shape[1]:
         raise ValueError("selective scan: the convolution has no taps, expected a weight (d, k) with k of at least 1")
-    for name, t in (("weight", weight), ("bias", bias)):
-        if t is not None and t.device != x.device:
-            raise ValueError(f"selective scan: {name} is on {t.device} and x on {x.device}; move them to one device")
+    check_devices("x", x, weight=weight, bias=bias)
     if bias is not None:
-        _check("bias", bias, "(d,)", (x.shape[2],))
-    _check_order(order, x)
+        check_shape("bias", bias, "(d,)", (x.shape[2],))
+    check_order("the token order", order, x)
     name = select_backend(backend, x, conv_width=weight.shape[1])
     weight, bias = (_parameter(x, t) for t in (weight, bias))
     if name == reference.NAME:
@@ -142,42 +141,21 @@ def _scan(
 
 
 def _check_scan(u, delta, A, B, C, D, z, delta_bias) -> None:
-    _check("u", u, "(b, l, d)", (None, None, None))
+    check_shape("u", u, "(b, l, d)", (None, None, None))
     b, l, d = u.shape
-    _check("A", A, "(d, n)", (d, None))
+    check_shape("A", A, "(d, n)", (d, None))
     n = A.shape[1]
-    _check("delta", delta, "(b, l, d)", (b, l, d))
-    _check("B", B, "(b, l, n)", (b, l, n))
-    _check("C", C, "(b, l, n)", (b, l, n))
+    check_shape("delta", delta, "(b, l, d)", (b, l, d))
+    check_shape("B", B, "(b, l, n)", (b, l, n))
+    check_shape("C", C, "(b, l, n)", (b, l, n))
     for name, t, form, shape in (
         ("D", D, "(d,)", (d,)),
         ("z", z, "(b, l, d)", (b, l, d)),
         ("delta_bias", delta_bias, "(d,)", (d,)),
     ):
         if t is not None:
-            _check(name, t, form, shape)
-    for name, t in (("delta", delta), ("A", A), ("B", B), ("C", C), ("D", D), ("z", z), ("delta_bias", delta_bias)):
-        if t is not None and t.device != u.device:
-            raise ValueError(f"selective scan: {name} is on {t.device} and u on {u.device}; move them to one device")
-
-
-def _check(name: str, t: Tensor, form: str, shape: tuple[int | None, ...]) -> None:
-    if t.ndim == len(shape) and all(want is None or got == want for got, want in zip(t.shape, shape, strict=True)):
-        return
-    expected = "(" + ", ".join("any" if size is None else str(size) for size in shape) + ")"
-    raise ValueError(f"selective scan: {name} has shape {tuple(t.shape)}, expected {form} = {expected}")
-
-
-def _check_order(order: Tensor | None, u: Tensor) -> None:
-    if order is None:
-        return
-    if order.dtype != torch.long or order.ndim != 1 or len(order) != u.shape[1]:
-        raise ValueError(
-            f"selective scan: the token order is {order.dtype} of shape {tuple(order.shape)}, "
-            f"expected an int64 permutation of {u.shape[1]} tokens"
-        )
-    if order.device != u.device:
-        raise ValueError(f"selective scan: the token order is on {order.device}, move it to {u.device} beside u")
+            check_shape(name, t, form, shape)
+    check_devices("u", u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
 
 
 def _parameter(u: Tensor, t: Tensor | None) -> Tensor | None:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.utils._python_dispatch import _disable_current_modes
 
 from .orders import check_permutations
 
@@ -29,32 +24,6 @@ def unsupported(*tensors: Tensor | None) -> str | None:
 def describe() -> str:
     """What runs, for a log line."""
     return "the definition, step by step: slow, for tests"
-
-
-@contextmanager
-def autograd_of_its_own(device_type: str) -> Iterator[None]:
-    """Where a self-test takes gradients, whatever surrounds the first use of a kernel: inference mode, autocast, a
-    transform of torch.func, or a checkpointed block, whose hooks on saved tensors would run that block, and so the
-    self-test, again.
-    """
-    hooks = nullcontext()
-    may_hook = getattr(torch._C._autograd, "_saved_tensors_hooks_is_enabled", lambda: True)
-    if may_hook():  # under torch.func.grad nobody may
-        hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
-    with (
-        temporarily_clear_interpreter_stack(), torch.inference_mode(False), torch.enable_grad(),
-        torch.autocast(device_type, enabled=False), hooks,
-    ):  # fmt: skip
-        yield
-
-
-@contextmanager
-def beyond_this_call() -> Iterator[None]:
-    """Where tensors are made that later calls use again: plain ones, whatever surrounds this one: inference mode, a
-    transform of torch.func, which would wrap them, or a mode such as torch.export's, in which they have no values.
-    """
-    with temporarily_clear_interpreter_stack(), _disable_current_modes(), torch.inference_mode(False):
-        yield
 
 
 def scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, input_order, output_order) -> Tensor:

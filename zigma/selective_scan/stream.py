@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .checks import check_devices, check_order, check_shape
 from .custom_ops import gradients_wanted, operators_are_looked_at, transformed
 from .dispatch import BACKENDS, select_backend
 from .orders import check_permutations
@@ -83,30 +84,17 @@ def add_norm(
 
 
 def _check(base, mix, gate, residual, weight, bias, shift, scale, gather) -> None:
-    """The kernels read addresses, and would read beyond the end of what is smaller. That the stream and the modulation
-    are on one device, the choice of a backend asks.
-    """
-    b, l, d = rows = base.shape
-    row, width, device = (b, 1, d), (d,), base.device
-    wrong = (
-        (mix is not None and mix.shape != rows and ("mix", mix, rows))
-        or (residual is not None and residual.shape != rows and ("residual", residual, rows))
-        or (gate is not None and gate.shape != row and ("gate", gate, row))
-        or (shift is not None and shift.shape != row and ("shift", shift, row))
-        or (scale is not None and scale.shape != row and ("scale", scale, row))
-        or (weight is not None and (weight.shape != width or weight.device != device) and ("weight", weight, width))
-        or (bias is not None and (bias.shape != width or bias.device != device) and ("bias", bias, width))
-    )
-    if wrong:
-        name, t, shape = wrong
-        raise ValueError(
-            f"add_norm: {name} has shape {tuple(t.shape)} on {t.device}, expected {tuple(shape)} on {base.device}"
-        )
-    if gather is not None and (gather.dtype != torch.long or gather.shape != (l,) or gather.device != base.device):
-        raise ValueError(
-            f"add_norm: the gather is {gather.dtype} of shape {tuple(gather.shape)} on {gather.device}, expected an "
-            f"int64 permutation of {l} rows on {base.device}"
-        )
+    rows = base.shape
+    row, width = (rows[0], 1, rows[2]), (rows[2],)
+    for name, t, form, shape in (
+        ("mix", mix, "(b, l, d)", rows), ("residual", residual, "(b, l, d)", rows), ("gate", gate, "(b, 1, d)", row),
+        ("shift", shift, "(b, 1, d)", row), ("scale", scale, "(b, 1, d)", row), ("weight", weight, "(d,)", width),
+        ("bias", bias, "(d,)", width),
+    ):  # fmt: skip
+        if t is not None and t.shape != shape:
+            check_shape(name, t, form, tuple(shape))
+    check_devices("base", base, weight=weight, bias=bias)  # on those of the others a backend is chosen
+    check_order("the gather", gather, base)
 
 
 class _AddNorm(torch.autograd.Function):

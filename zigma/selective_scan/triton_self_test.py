@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import reference, stream, triton_backend
+from . import reference, stream, surroundings, triton_backend
 
 
 def self_test(device: torch.device, b: int = 2, l: int = 37, d: int = 48, n: int = 16) -> str | None:
     """A small problem, forward and backward, in one pass and split, against the reference; what went wrong, or None."""
-    with reference.autograd_of_its_own(device.type):
+    with surroundings.autograd_of_its_own(device.type):
         try:
             errors = (_scan_error(device, b, l, d, n), _conv_error(device, b, l, d), _norm_error(device, b, l, d))
             return next((error for error in errors if error is not None), None)

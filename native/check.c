@@ -238,6 +238,7 @@ static void check_instruction_set(const char *set) {
         {1, 20, 20, 16, 0, 1, 1, 0, ZS_F32, 1},  {1, 20, 20, 3, 1, 1, 0, 0.1, ZS_BF16, 1},
         {1, 2000, 5, 8, 1, 1, 1, 0, ZS_F32, 0},  {4, 256, 192, 16, 1, 1, 1, 0, ZS_F32, 0},
         {2, 40, 21, 16, 1, 1, 1, 30, ZS_F32, 0}, /* decays of nothing */
+        {1, 35, 256, 16, 1, 1, 1, 0, ZS_BF16, 0}, {2, 20, 150, 3, 0, 1, 0, 0.1, ZS_BF16, 0},
     };
     printf("%s\n", set);
     tensors_seen = 0;
@@ -247,6 +248,7 @@ static void check_instruction_set(const char *set) {
         for (int kind = 0; kind < 4; kind++)
             check_conv(set, 1 + kind % 2, 1 + 17 * kind, 133 - 31 * kind, width, kind & 1, kind < 2,
                        kind == 3 ? ZS_BF16 : ZS_F32);
+    check_conv(set, 2, 37, 256, 4, 1, 1, ZS_BF16);
     check_norms(set);
     check_exp2(set);
     check_refusals(set);

@@ -112,7 +112,8 @@ static void check_norms(const char *set) {
     static const norm_case cases[] = {
         {1, 1, 8, 0, 0, 0, ZS_F32},   {2, 35, 21, 0, 1, 1, ZS_F32},  {3, 70, 131, 1, 1, 1, ZS_F32},
         {1, 64, 768, 0, 1, 1, ZS_F32}, {2, 33, 40, 1, 0, 0, ZS_F32}, {2, 35, 37, 1, 1, 1, ZS_BF16},
-        {1, 40, 64, 0, 1, 1, ZS_BF16},
+        {1, 40, 64, 0, 1, 1, ZS_BF16}, {2, 9, 208, 1, 1, 1, ZS_BF16}, {1, 9, 208, 1, 1, 1, ZS_F32},
+        {2, 5, 107, 0, 0, 1, ZS_F32},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) check_norm(set, &cases[i]);
 }

@@ -51,12 +51,13 @@ typedef struct {
 
 /* before: the k - 1 rows before the chunk, and on return the last k - 1 of it. `next`: the first channel of the unit that
  * comes after this one. */
-INLINE void convolve_unit(int64_t width, int plain, const conv_job *job, const conv_place *at, int64_t batch,
+INLINE void convolve_unit(int64_t width, int64_t dtype, const conv_job *job, const conv_place *at, int64_t batch,
                           int64_t first, int64_t channels, int64_t next, conv_rows *rows, float *before) {
     const zs_conv_args *a = job->args;
     const float *weight = job->weight_packed + first, *bias = job->bias_packed + first;
     const int64_t *in = at->in + width - 1, padded = job->padded, steps = at->steps;
-    const int64_t from_type = a->x.dtype, to_type = a->out.dtype, size = from_type == ZS_F32 ? 4 : 2;
+    const int64_t from_type = dtype == MIXED ? a->x.dtype : dtype, to_type = dtype == MIXED ? a->out.dtype : dtype;
+    const int64_t size = from_type == ZS_F32 ? 4 : 2;
     memcpy(rows->x, before, (size_t)(width - 1) * sizeof rows->x[0]);
     for (int64_t k = 0; k < steps; k++) {
         const int64_t later = k + CONV_AHEAD - steps;
@@ -65,18 +66,15 @@ INLINE void convolve_unit(int64_t width, int plain, const conv_job *job, const c
         const void *from = address(&a->x, batch, in[k], first);
         void *to = (void *)address(&a->out, batch, at->out[k], first);
         for (int64_t c = 0; c < channels; c += LANES) {
-            vec x = plain ? vload((const float *)from + c) : vload_row(from, from_type, c, channels - c);
+            const int64_t count = dtype == MIXED ? channels - c : LANES;
+            vec x = vload_row(from, from_type, c, count);
             vec sum = vload(bias + c);
             vprefetch(ahead + c * size);
             vstore(rows->x[k + width - 1] + c, x);
             for (int64_t j = 0; j < width - 1; j++)
                 sum = vfma(vload(rows->x[k + j] + c), vload(weight + j * padded + c), sum);
             sum = vfma(x, vload(weight + (width - 1) * padded + c), sum);
-            sum = vsilu(sum, vexp_minus(sum));
-            if (plain)
-                vstore((float *)to + c, sum);
-            else
-                vstore_row(to, to_type, c, channels - c, sum);
+            vstore_row(to, to_type, c, count, vsilu(sum, vexp_minus(sum)));
         }
     }
     memcpy(before, rows->x + at->steps, (size_t)(width - 1) * sizeof rows->x[0]);
@@ -85,6 +83,7 @@ INLINE void convolve_unit(int64_t width, int plain, const conv_job *job, const c
 static void conv_forward(const conv_job *job, int64_t batch, int64_t unit, int64_t units, float *workspace) {
     const zs_conv_args *a = job->args;
     const int64_t begin = unit * UNIT_CHANNELS, end = min64(a->channels, begin + units * UNIT_CHANNELS);
+    const int64_t dtype = dtype_of_all((const zs_rows *const[]){&a->x, &a->out}, 2);
     conv_rows *rows = (conv_rows *)workspace;
     float *befores = (float *)(rows + 1); /* [unit][k - 1][UNIT_CHANNELS] */
     memset(befores, 0, (size_t)((a->width - 1) * units * UNIT_CHANNELS) * sizeof(float));
@@ -94,10 +93,13 @@ static void conv_forward(const conv_job *job, int64_t batch, int64_t unit, int64
             const int64_t channels = min64(UNIT_CHANNELS, end - first);
             const int64_t next = first + UNIT_CHANNELS < end ? first + UNIT_CHANNELS : begin;
             float *before = befores + (first - begin) * (a->width - 1);
-            if (a->width == 4 && is_plain(&a->x) && is_plain(&a->out) && channels % LANES == 0)
-                convolve_unit(4, 1, job, &at, batch, first, channels, next, rows, before);
+            const int usual = a->width == 4 && channels % LANES == 0;
+            if (usual && dtype == ZS_F32)
+                convolve_unit(4, ZS_F32, job, &at, batch, first, channels, next, rows, before);
+            else if (usual && dtype == ZS_BF16)
+                convolve_unit(4, ZS_BF16, job, &at, batch, first, channels, next, rows, before);
             else
-                convolve_unit(a->width, 0, job, &at, batch, first, channels, next, rows, before);
+                convolve_unit(a->width, MIXED, job, &at, batch, first, channels, next, rows, before);
         }
     }
 }

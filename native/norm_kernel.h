@@ -6,24 +6,44 @@
 #include "rows.h"
 
 INLINE float sum_lanes(vec x) {
-    float lanes[LANES], sum = 0;
+    float lanes[LANES];
     vstore(lanes, x);
-    for (int i = 0; i < LANES; i++) sum += lanes[i];
-    return sum;
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+    return lanes[0];
 }
 
-/* x = base + gate mix + residual, into `x` (padded with zeros) and out.total; returns the sum of x. */
-INLINE float add_row(const zs_norm_args *a, int64_t batch, int64_t from, int64_t to, float *x) {
+/* A vector of the c-th channel on. dtype: of the rows, all in whole vectors, or MIXED; known to the compiler. */
+INLINE vec load_of_row(int64_t dtype, const zs_rows *t, int64_t offset, int64_t count) {
+    return dtype == MIXED ? vload_row(t->data, t->dtype, offset, count) : vload_row(t->data, dtype, offset, LANES);
+}
+INLINE void store_of_row(int64_t dtype, const zs_rows *t, int64_t offset, int64_t count, vec x) {
+    if (dtype == MIXED)
+        vstore_row(t->data, t->dtype, offset, count, x);
+    else
+        vstore_row(t->data, dtype, offset, LANES, x);
+}
+
+/* x = base + gate mix + residual, into `x` (padded with zeros) and out.total; returns the sum of x. dtype: of base, mix
+ * and gate, as above; the residual and the total have their own. */
+INLINE float add_row(int64_t dtype, const zs_norm_args *a, int64_t batch, int64_t from, int64_t to, int64_t next,
+                     float *x) {
     const int64_t base = row_offset(&a->base, batch, from), total = row_offset(&a->total, batch, to);
     const int64_t mix = row_offset(&a->mix, batch, from), residual = row_offset(&a->residual, batch, from);
     const int64_t gate = row_offset(&a->gate, batch, 0);
+    const char *next_base = address(&a->base, batch, next, 0), *next_mix = address(&a->mix, batch, next, 0);
+    const char *next_residual = address(&a->residual, batch, next, 0);
+    const int64_t size = a->base.dtype == ZS_F32 ? 4 : 2;
     vec sum = vset(0.0f);
     for (int64_t c = 0; c < a->width; c += LANES) {
-        const int64_t count = a->width - c;
-        vec v = vload_row(a->base.data, a->base.dtype, base + c, count);
+        const int64_t count = dtype == MIXED ? a->width - c : LANES;
+        vprefetch(next_base + c * size);
+        vprefetch(next_mix + c * size);
+        vprefetch(next_residual + c * 4);
+        vec v = load_of_row(dtype, &a->base, base + c, count);
         if (a->mix.data) {
-            vec m = vload_row(a->mix.data, a->mix.dtype, mix + c, count);
-            v = a->gate.data ? vfma(vload_row(a->gate.data, a->gate.dtype, gate + c, count), m, v) : v + m;
+            vec m = load_of_row(dtype, &a->mix, mix + c, count);
+            v = a->gate.data ? vfma(load_of_row(dtype, &a->gate, gate + c, count), m, v) : v + m;
         }
         if (a->residual.data) v = v + vload_row(a->residual.data, a->residual.dtype, residual + c, count);
         vstore(x + c, v);
@@ -33,42 +53,59 @@ INLINE float add_row(const zs_norm_args *a, int64_t batch, int64_t from, int64_t
     return sum_lanes(sum);
 }
 
-/* The sum over the width of (x - mean)^2; lanes beyond the width do not count. */
+/* The sum over the width of (x - mean)^2; lanes beyond the width do not count. Four sums, for each addition waits for the
+ * one before it. */
 INLINE float sum_squares(const zs_norm_args *a, const float *x, float mean) {
-    vec sum = vset(0.0f);
+    vec sums[4] = {vset(0.0f), vset(0.0f), vset(0.0f), vset(0.0f)};
     int64_t c = 0;
+    for (; c + 4 * LANES <= a->width; c += 4 * LANES) {
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < 4; i++) {
+            vec v = vload(x + c + i * LANES) - vset(mean);
+            sums[i] = vfma(v, v, sums[i]);
+        }
+    }
     for (; c + LANES <= a->width; c += LANES) {
         vec v = vload(x + c) - vset(mean);
-        sum = vfma(v, v, sum);
+        sums[0] = vfma(v, v, sums[0]);
     }
     float rest = 0;
     for (; c < a->width; c++) rest += (x[c] - mean) * (x[c] - mean);
-    return sum_lanes(sum) + rest;
+    return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])) + rest;
 }
 
-INLINE void norm_row(const zs_norm_args *a, int64_t batch, int64_t row, float *x) {
-    const float sum = add_row(a, batch, a->gather ? a->gather[row] : row, row, x);
+INLINE void norm_row(int64_t dtype, const zs_norm_args *a, int64_t batch, int64_t row, float *x) {
+    const int64_t after = min64(row + 1, a->length - 1), next = a->gather ? a->gather[after] : after;
+    const float sum = add_row(dtype, a, batch, a->gather ? a->gather[row] : row, row, next, x);
     const float mean = a->layer_norm ? sum / (float)a->width : 0.0f;
     const float scale = 1.0f / __builtin_sqrtf(sum_squares(a, x, mean) / (float)a->width + (float)a->eps);
     const int64_t normed = row_offset(&a->normed, batch, row), modulated = row_offset(&a->modulated, batch, row);
     const int64_t by = row_offset(&a->scale, batch, 0), shift = row_offset(&a->shift, batch, 0);
     for (int64_t c = 0; c < a->width; c += LANES) {
-        const int64_t count = a->width - c;
+        const int64_t count = dtype == MIXED ? a->width - c : LANES;
         vec u = (vload(x + c) - vset(mean)) * vset(scale);
         if (a->weight) u = u * vload_row(a->weight, ZS_F32, c, count);
         if (a->bias) u = u + vload_row(a->bias, ZS_F32, c, count);
-        if (a->normed.data) vstore_row(a->normed.data, a->normed.dtype, normed + c, count, u);
+        if (a->normed.data) store_of_row(dtype, &a->normed, normed + c, count, u);
         if (!a->modulated.data) continue;
-        u = vfma(u, vload_row(a->scale.data, a->scale.dtype, by + c, count), u);
-        u = u + vload_row(a->shift.data, a->shift.dtype, shift + c, count);
-        vstore_row(a->modulated.data, a->modulated.dtype, modulated + c, count, u);
+        u = vfma(u, load_of_row(dtype, &a->scale, by + c, count), u);
+        u = u + load_of_row(dtype, &a->shift, shift + c, count);
+        store_of_row(dtype, &a->modulated, modulated + c, count, u);
     }
 }
 
 /* NORM_ROWS rows of one batch entry; workspace holds one row. */
 static void norm_rows(const zs_norm_args *a, int64_t batch, int64_t block, float *workspace) {
-    const int64_t last = min64(a->length, (block + 1) * NORM_ROWS);
-    for (int64_t row = block * NORM_ROWS; row < last; row++) norm_row(a, batch, row, workspace);
+    const int64_t first = block * NORM_ROWS, last = min64(a->length, first + NORM_ROWS);
+    const zs_rows *const rows[] = {&a->base, &a->mix, &a->gate, &a->scale, &a->shift, &a->normed, &a->modulated};
+    const int64_t dtype = a->width % LANES ? MIXED : dtype_of_all(rows, 7);
+    if (dtype == ZS_F32) {
+        for (int64_t row = first; row < last; row++) norm_row(ZS_F32, a, batch, row, workspace);
+    } else if (dtype == ZS_BF16) {
+        for (int64_t row = first; row < last; row++) norm_row(ZS_BF16, a, batch, row, workspace);
+    } else {
+        for (int64_t row = first; row < last; row++) norm_row(MIXED, a, batch, row, workspace);
+    }
 }
 
 INLINE void accumulate(float *to, vec x) { vstore(to, vload(to) + x); }
@@ -83,7 +120,7 @@ INLINE vec row_or_zero(const zs_rows *t, int64_t offset, int64_t count) {
  * x is computed again; g takes the place of xhat's neighbour in the workspace. */
 INLINE void norm_row_backward(const zs_norm_args *a, int64_t batch, int64_t row, int64_t padded, float *x, float *sums) {
     const int64_t from = a->gather ? a->gather[row] : row;
-    const float sum = add_row(a, batch, from, row, x);
+    const float sum = add_row(MIXED, a, batch, from, row, from, x);
     const float mean = a->layer_norm ? sum / (float)a->width : 0.0f;
     const float s = 1.0f / __builtin_sqrtf(sum_squares(a, x, mean) / (float)a->width + (float)a->eps);
     float *g = x + padded, *d_gate = sums, *d_scale = d_gate + padded, *d_shift = d_scale + padded;

@@ -46,25 +46,34 @@ INLINE void store_steps(const zs_rows *t, int64_t batch, const int64_t *rows, in
         vstore_row(t->data, t->dtype, row_offset(t, batch, rows[k]) + channel, count, vload(from + k * LANES));
 }
 
-/* One vector of channels of one row. plain: it is known to be whole, and float (is_plain). */
-INLINE vec load_step(int plain, const zs_rows *t, int64_t batch, int64_t row, int64_t channel, int64_t count) {
-    const int64_t offset = row_offset(t, batch, row) + channel;
-    if (!plain) return vload_row(t->data, t->dtype, offset, count);
-    return vload((const float *)t->data + offset);
+/* What a kernel is compiled for: rows that all have one dtype, ZS_F32 or ZS_BF16, taken in whole vectors; or any. */
+enum { MIXED = -1 };
+
+/* The dtype of all of these that are there, or MIXED. */
+static int64_t dtype_of_all(const zs_rows *const *rows, int64_t count) {
+    int64_t dtype = MIXED;
+    for (int64_t i = 0; i < count; i++) {
+        if (!rows[i]->data) continue;
+        if (dtype != MIXED && dtype != rows[i]->dtype) return MIXED;
+        dtype = rows[i]->dtype;
+    }
+    return dtype;
 }
 
-INLINE void store_step(int plain, const zs_rows *t, int64_t batch, int64_t row, int64_t channel, int64_t count,
+/* One vector of channels of one row. dtype: as above, and then the vector is whole. */
+INLINE vec load_step(int64_t dtype, const zs_rows *t, int64_t batch, int64_t row, int64_t channel, int64_t count) {
+    const int64_t offset = row_offset(t, batch, row) + channel;
+    return dtype == MIXED ? vload_row(t->data, t->dtype, offset, count) : vload_row(t->data, dtype, offset, LANES);
+}
+
+INLINE void store_step(int64_t dtype, const zs_rows *t, int64_t batch, int64_t row, int64_t channel, int64_t count,
                        vec x) {
     const int64_t offset = row_offset(t, batch, row) + channel;
-    if (!plain) {
+    if (dtype == MIXED)
         vstore_row(t->data, t->dtype, offset, count, x);
-        return;
-    }
-    vstore((float *)t->data + offset, x);
+    else
+        vstore_row(t->data, dtype, offset, LANES, x);
 }
-
-/* What `plain` asks of a tensor: float, or absent. */
-INLINE int is_plain(const zs_rows *t) { return !t->data || t->dtype == ZS_F32; }
 
 INLINE vec load_channels(const float *values, int64_t channel, int64_t count) {
     return values ? vload_row(values, ZS_F32, channel, count) : vset(0.0f);

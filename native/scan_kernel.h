@@ -143,14 +143,14 @@ typedef struct {
 enum { GROUP = LANES == 16 ? 8 : 4 };
 
 /* dt, dt u and D u of `group` vectors from the v-th on, at step k. */
-INLINE void open_vectors(int plain, int64_t group, const scan_job *job, const place *p, int64_t k, int64_t first,
+INLINE void open_vectors(int64_t dtype, int64_t group, const scan_job *job, const place *p, int64_t k, int64_t first,
                          int64_t v, forward_steps *w) {
     const zs_scan_args *a = job->args;
     vec t[GROUP], e[GROUP];
 #pragma GCC unroll 8
     for (int64_t i = 0; i < group; i++) {
         const int64_t channel = first + (v + i) * LANES, count = a->channels - channel;
-        t[i] = load_step(plain, &a->delta, p->batch, p->in[k], channel, count) + vload(w->bias[v + i]);
+        t[i] = load_step(dtype, &a->delta, p->batch, p->in[k], channel, count) + vload(w->bias[v + i]);
     }
     if (a->delta_softplus) {
 #pragma GCC unroll 8
@@ -161,7 +161,7 @@ INLINE void open_vectors(int plain, int64_t group, const scan_job *job, const pl
 #pragma GCC unroll 8
     for (int64_t i = 0; i < group; i++) {
         const int64_t channel = first + (v + i) * LANES, count = a->channels - channel;
-        vec u = load_step(plain, &a->u, p->batch, p->in[k], channel, count);
+        vec u = load_step(dtype, &a->u, p->batch, p->in[k], channel, count);
         vstore(w->dt[v + i] + k * LANES, t[i]);
         vstore(w->dtu[v + i] + k * LANES, t[i] * u);
         vstore(w->y[v + i] + k * LANES, vload(w->D[v + i]) * u);
@@ -169,7 +169,7 @@ INLINE void open_vectors(int plain, int64_t group, const scan_job *job, const pl
 }
 
 /* y silu(z), or y, to the output. */
-INLINE void close_vectors(int plain, int64_t group, const scan_job *job, const place *p, int64_t k, int64_t first,
+INLINE void close_vectors(int64_t dtype, int64_t group, const scan_job *job, const place *p, int64_t k, int64_t first,
                           int64_t v, forward_steps *w) {
     const zs_scan_args *a = job->args;
     vec y[GROUP], z[GROUP], e[GROUP];
@@ -179,7 +179,7 @@ INLINE void close_vectors(int plain, int64_t group, const scan_job *job, const p
 #pragma GCC unroll 8
         for (int64_t i = 0; i < group; i++) {
             const int64_t channel = first + (v + i) * LANES, count = a->channels - channel;
-            z[i] = load_step(plain, &a->z, p->batch, p->out[k], channel, count);
+            z[i] = load_step(dtype, &a->z, p->batch, p->out[k], channel, count);
         }
 #pragma GCC unroll 8
         for (int64_t i = 0; i < group; i++) e[i] = vexp_minus(z[i]);
@@ -189,25 +189,25 @@ INLINE void close_vectors(int plain, int64_t group, const scan_job *job, const p
 #pragma GCC unroll 8
     for (int64_t i = 0; i < group; i++) {
         const int64_t channel = first + (v + i) * LANES, count = a->channels - channel;
-        store_step(plain, &a->out, p->batch, p->out[k], channel, count, y[i]);
+        store_step(dtype, &a->out, p->batch, p->out[k], channel, count, y[i]);
     }
 }
 
-INLINE void open_unit(int plain, const scan_job *job, const place *p, int64_t first, int64_t vectors,
+INLINE void open_unit(int64_t dtype, const scan_job *job, const place *p, int64_t first, int64_t vectors,
                       forward_steps *w) {
     for (int64_t k = 0; k < p->steps; k++) {
         int64_t v = 0;
-        for (; v + GROUP <= vectors; v += GROUP) open_vectors(plain, GROUP, job, p, k, first, v, w);
-        for (; v < vectors; v++) open_vectors(plain, 1, job, p, k, first, v, w);
+        for (; v + GROUP <= vectors; v += GROUP) open_vectors(dtype, GROUP, job, p, k, first, v, w);
+        for (; v < vectors; v++) open_vectors(dtype, 1, job, p, k, first, v, w);
     }
 }
 
-INLINE void close_unit(int plain, const scan_job *job, const place *p, int64_t first, int64_t vectors,
+INLINE void close_unit(int64_t dtype, const scan_job *job, const place *p, int64_t first, int64_t vectors,
                        forward_steps *w) {
     for (int64_t k = 0; k < p->steps; k++) {
         int64_t v = 0;
-        for (; v + GROUP <= vectors; v += GROUP) close_vectors(plain, GROUP, job, p, k, first, v, w);
-        for (; v < vectors; v++) close_vectors(plain, 1, job, p, k, first, v, w);
+        for (; v + GROUP <= vectors; v += GROUP) close_vectors(dtype, GROUP, job, p, k, first, v, w);
+        for (; v < vectors; v++) close_vectors(dtype, 1, job, p, k, first, v, w);
     }
 }
 
@@ -228,25 +228,43 @@ static void forward_states(const scan_job *job, const place *p, int64_t channel,
     }
 }
 
-static void forward_unit(const scan_job *job, const place *p, int64_t first, int64_t vectors, int plain,
+/* Units of float and of bfloat16 have a compilation each, for so many vectors as most have: no question and no loop at
+ * every step. */
+INLINE void open_any_unit(int64_t dtype, const scan_job *job, const place *p, int64_t first, int64_t vectors,
+                          forward_steps *w) {
+    if (dtype == ZS_F32 && vectors == VECTORS)
+        open_unit(ZS_F32, job, p, first, VECTORS, w);
+    else if (dtype == ZS_BF16 && vectors == VECTORS)
+        open_unit(ZS_BF16, job, p, first, VECTORS, w);
+    else
+        open_unit(MIXED, job, p, first, vectors, w);
+}
+
+INLINE void close_any_unit(int64_t dtype, const scan_job *job, const place *p, int64_t first, int64_t vectors,
+                           forward_steps *w) {
+    if (dtype == ZS_F32 && vectors == VECTORS)
+        close_unit(ZS_F32, job, p, first, VECTORS, w);
+    else if (dtype == ZS_BF16 && vectors == VECTORS)
+        close_unit(ZS_BF16, job, p, first, VECTORS, w);
+    else
+        close_unit(MIXED, job, p, first, vectors, w);
+}
+
+/* dtype: of all rows, or MIXED; also where the last vector is not whole. */
+static void forward_unit(const scan_job *job, const place *p, int64_t first, int64_t vectors, int64_t dtype,
                          const float *B, const float *C, float *state, forward_steps *w) {
     const zs_scan_args *a = job->args;
+    const int64_t size = dtype == ZS_BF16 ? 2 : 4; /* MIXED: too far for some, and they are only asked for */
     for (int64_t v = 0; v < vectors; v++) {
         const int64_t channel = first + v * LANES;
         vstore(w->bias[v], load_channels(a->delta_bias, channel, a->channels - channel));
         vstore(w->D[v], load_channels(a->D, channel, a->channels - channel));
     }
-    if (plain && vectors == VECTORS) /* so many, known to the compiler: no loop to leave at every step */
-        open_unit(1, job, p, first, VECTORS, w);
-    else
-        open_unit(0, job, p, first, vectors, w);
+    open_any_unit(dtype, job, p, first, vectors, w);
     for (int64_t v = 0; v < vectors; v++)
         forward_states(job, p, first + v * LANES, B, C, state + v * LANES * job->states, w->dt[v], w->dtu[v], w->y[v],
-                       w->decays, &w->next, v * LANES * (int64_t)sizeof(float));
-    if (plain && vectors == VECTORS)
-        close_unit(1, job, p, first, VECTORS, w);
-    else
-        close_unit(0, job, p, first, vectors, w);
+                       w->decays, &w->next, v * LANES * size);
+    close_any_unit(dtype, job, p, first, vectors, w);
 }
 
 static int64_t checkpoint_offset(const scan_job *job, int64_t batch, int64_t chunk, int64_t channel) {
@@ -258,7 +276,7 @@ static void scan_forward(const scan_job *job, int64_t batch, int64_t unit, int64
     const int64_t n = job->states;
     float *state = workspace, *B = state + units * UNIT_CHANNELS * n, *C = B + CHUNK * n;
     forward_steps *steps = (forward_steps *)(C + CHUNK * n);
-    const int plain = is_plain(&a->u) && is_plain(&a->delta) && is_plain(&a->z) && is_plain(&a->out);
+    const int64_t dtype = dtype_of_all((const zs_rows *const[]){&a->u, &a->delta, &a->z, &a->out}, 4);
     place p = enter_units(job, batch, unit, units), following = p;
     memset(state, 0, (size_t)(p.vectors * LANES * n) * sizeof(float));
     enter_chunk(&following, a, 0);
@@ -276,8 +294,8 @@ static void scan_forward(const scan_job *job, int64_t batch, int64_t unit, int64
                 look_ahead(a, &p, first + UNIT_CHANNELS, &steps->next);
             else
                 look_ahead(a, &following, p.first, &steps->next);
-            forward_unit(job, &p, first, vectors, plain && first + vectors * LANES <= a->channels, B, C,
-                         state + v * LANES * n, steps);
+            const int whole = first + vectors * LANES <= a->channels;
+            forward_unit(job, &p, first, vectors, whole ? dtype : MIXED, B, C, state + v * LANES * n, steps);
         }
     }
 }

@@ -220,7 +220,7 @@ class Mamba(SSM):
             return self.out_proj(ssm.scan(x, z, order))
         x, z = scratch.linear(tokens, *self._read_weights(self.in_proj, tokens), place="x and z").chunk(2, dim=-1)
         y = ssm.scan(x, z, order, scratch)
-        return scratch.linear(y, *self._read_weights(self.out_proj, y))
+        return scratch.linear(y, *self._read_weights(self.out_proj, y), place=scratch.between("mixed"))
 
     @torch.no_grad()
     def reset_parameters(self, config: ZigMaConfig) -> None:
@@ -291,7 +291,8 @@ class CrossAttention(nn.Module):
             mixed = torch.softmax(q @ k.transpose(-1, -2) * self.HEAD_DIM**-0.5, dim=-1).to(v.dtype) @ v
         else:
             mixed = F.scaled_dot_product_attention(q, k, v)
-        return self._project(self.to_out[0], rearrange(mixed, "b h l c -> b l (h c)"), scratch)
+        place = scratch and scratch.between("attended")
+        return self._project(self.to_out[0], rearrange(mixed, "b h l c -> b l (h c)"), scratch, place)
 
     def _project(self, layer: nn.Module, x: Tensor, scratch: Scratch | None, place: str | None = None) -> Tensor:
         if not may_share(scratch, self._linear, layer):

@@ -22,13 +22,14 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .block import Block, drop_path, like_norms
 from .config import ZigMaConfig
 from .embedders import FinalLayer, LabelEmbedder, PatchEmbed, TimestepEmbedder, sine_positions
 from .layer_scans import LayerScan, relative_scans
-from .mixer import SSM, Attention, CrossAttention, Mamba, read_weights
+from .mixer import SSM, is_plain, read_weights
 from .scan_orders import LayerSchedule, is_order
 from .scratch import Scratch
-from .selective_scan import Stream, add_norm, gather_rows
+from .selective_scan import Stream, add_norm
 from .selective_scan.surroundings import beyond_this_call
 
 __all__ = ["Condition", "ZigMa"]
@@ -144,7 +145,9 @@ class ZigMa(nn.Module):
         asked = [None] * config.depth if condition is None else condition.keys_values
 
         stream, ssm = Stream(tokens), self.ssm if config.share_ssm else None
-        scratch = Scratch.for_inference(tokens)
+        if scratch := Scratch.for_inference(tokens):
+            private = all(type(block) is Block and block.is_private() for block in self.blocks)
+            scratch.between_layers = private and is_plain(self.final_layer, FinalLayer)
         for block, keys_values, scan in zip(self.blocks, asked, scans, strict=True):
             if config.use_checkpoint and torch.is_grad_enabled():
                 stream = checkpoint(block, stream, c, keys_values, scan, ssm, use_reentrant=False)
@@ -153,7 +156,8 @@ class ZigMa(nn.Module):
         stream = drop_path(stream, config.drop_path_rate, self.training)
         weight, bias = self._read_weights(self.norm_f, like_norms(tokens))
         _, tokens, _ = add_norm(
-            stream, weight, bias, eps=config.norm_epsilon, layer_norm=not config.rms_norm, gather=to_raster
+            stream, weight, bias, eps=config.norm_epsilon, layer_norm=not config.rms_norm, gather=to_raster,
+            places=scratch and scratch.of_last_norm(stream.base),
         )  # fmt: skip
         v = self.final_layer(tokens)
         v = rearrange(v, "b (f h w) (i j c) -> b f c (h i) (w j)", f=max(f, 1), h=h, w=w, i=p, j=p).to(x.dtype)
@@ -333,76 +337,3 @@ class ZigMa(nn.Module):
         for block in self.blocks:
             nn.init.zeros_(block.adaLN_modulation[1].weight)
             block.mixer.reset_parameters(self.config)
-
-
-class Block(nn.Module):
-    """One layer: normalise, modulate by the condition, mix in this layer's order; then cross-attend to the text.
-
-    With the stream h and the residual r (as published; there is no MLP):
-
-        r <- r + h,    u = norm(r),    h = u + gate * mixer(u (1 + scale) + shift)
-
-    The inner skip adds the *normalised* tokens, and the residual r (float32) sums what the norms see. The sums are left
-    to the norm that reads them next.
-    """
-
-    def __init__(self, config: ZigMaConfig, index: int, *, operations=nn, device=None, dtype=None) -> None:
-        super().__init__()
-        d, options = config.embed_dim, {"device": device, "dtype": dtype}
-        # Layer 0 has nothing to drop; layers 1 ... depth-1 the steps before it of a ramp to the rate (published).
-        self.drop = config.drop_path_rate * max(index - 1, 0) / max(config.depth - 1, 1)
-        norm = operations.RMSNorm if config.rms_norm else operations.LayerNorm
-        self.norm = norm(d, eps=config.norm_epsilon, **options)
-        mixer = Mamba if config.mixer == "mamba" else Attention
-        self.mixer = mixer(config, operations=operations, **options)
-        parts = 6 if config.conditioning == "text" else 3
-        self.adaLN_modulation = nn.Sequential(nn.Identity(), operations.Linear(d, parts * d, **options))
-        self.msa = None
-        if config.conditioning == "text":
-            self.msa = CrossAttention(d, operations=operations, **options)
-        self._eps, self._layer_norm = config.norm_epsilon, not config.rms_norm
-        self._read_weights = getattr(operations, "read_weights", read_weights)
-
-    def forward(
-        self, stream: Stream, c: Tensor, keys_values: tuple[Tensor, Tensor] | None, scan: LayerScan,
-        ssm: SSM | None = None, scratch: Scratch | None = None,
-    ) -> Stream:  # fmt: skip
-        """stream of (b, l, d), c = silu(condition) (b, d), text as keys and values; returns in this layer's order."""
-        shift, scale, gate, *text = self.adaLN_modulation(c).unsqueeze(1).chunk(3 if self.msa is None else 6, dim=-1)
-        weight, bias = self._read_weights(self.norm, like_norms(stream.base))
-        residual, u, tokens = add_norm(
-            drop_path(stream, self.drop, self.training), weight, bias, eps=self._eps, layer_norm=self._layer_norm,
-            modulation=(shift, scale), gather=scan.gather, total=torch.float32,
-        )  # fmt: skip
-        mixed = self._mix(tokens, scan, ssm, scratch)
-        if self.msa is None:
-            return Stream(u, mixed, gate, residual)
-        shift, scale, gate_text = text
-        h, _, tokens = add_norm(
-            Stream(u, mixed, gate), eps=1e-6, layer_norm=True, modulation=(shift, scale), total=u.dtype, keep_norm=False
-        )  # fmt: skip
-        return Stream(h, self.msa(tokens, keys_values, scratch), gate_text, residual)
-
-    def _mix(self, tokens: Tensor, scan: LayerScan, ssm: SSM | None, scratch: Scratch | None = None) -> Tensor:
-        """The mixer along each segment of the rows, as they lie; (b, l, d) -> (b, l, d)."""
-        mixed = self.mixer(rearrange(tokens, "b (s l) d -> (b s) l d", s=scan.segments), None, ssm, scratch)
-        mixed = rearrange(mixed, "(b s) l d -> b (s l) d", s=scan.segments)
-        return mixed if scan.store is None else gather_rows(mixed, scan.store)
-
-
-def like_norms(tokens: Tensor) -> Tensor:
-    """An empty tensor of the device and dtype (float32) in which norms want their weights."""
-    return tokens.new_empty(0, dtype=torch.float32)
-
-
-def drop_path(stream: Stream, rate: float, training: bool) -> Stream:
-    """Stochastic depth (Huang et al. 2016): of whole samples, drop what is added to the residual; scale the rest."""
-    if not training or rate == 0:
-        return stream
-    base, mix, gate, residual = stream
-    shape = (len(base), 1, 1)
-    keep = ((torch.rand(shape, device=base.device) >= rate) / (1 - rate)).to(base.dtype)
-    if mix is not None:
-        mix = mix * keep if gate is None else mix
-        gate = None if gate is None else gate * keep
-    return Stream(base * keep, mix, gate, residual)

@@ -28,10 +28,15 @@ class Scratch:
     """Named pieces of memory: whoever takes one ends what was in it, so nobody else may have seen that.
 
     Made by `for_inference`, and good for as long as what it looks at stays as it was: one evaluation.
+
+    Attributes:
+        between_layers: whether what one layer gives to the next may lie here too; a model says so of its own layers.
     """
 
     def __init__(self) -> None:
+        self.between_layers = False
         self._pieces: dict[str, Tensor] = {}
+        self._norms = 0
 
     @classmethod
     def for_inference(cls, tokens: Tensor) -> Scratch | None:
@@ -62,10 +67,34 @@ class Scratch:
             torch.addmm(bias, rows, weight.t(), out=results)
         return out
 
-    def _take(self, name: str | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        size, piece = math.prod(shape), self._pieces.get(name)
-        if piece is None or piece.numel() < size or piece.dtype != like.dtype:
-            piece = native_library.load().use_huge_pages(like.new_empty(size))
+    def between(self, name: str) -> str | None:
+        """The name, for a layer's result that goes to the next layer alone; None where that has memory of its own."""
+        return name if self.between_layers and not torch.compiler.is_compiling() else None
+
+    def of_norm(self, base: Tensor, total: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Places for x, u and m of an `add_norm`: of x and u one of two, in turns, for the next norm reads these."""
+        if not self.between_layers or torch.compiler.is_compiling():
+            return None
+        self._norms += 1
+        turn = self._norms % 2
+        return (
+            self._take(f"residual {turn}", base.shape, base, total),
+            self._take(f"normed {turn}", base.shape, base),
+            self._take("tokens", base.shape, base),
+        )
+
+    def of_last_norm(self, base: Tensor) -> tuple[None, Tensor, None] | None:
+        """The same for one that gives u alone, which no norm reads."""
+        if not self.between_layers or torch.compiler.is_compiling():
+            return None
+        return None, self._take("tokens", base.shape, base), None
+
+    def _take(
+        self, name: str | None, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        size, piece, dtype = math.prod(shape), self._pieces.get(name), dtype or like.dtype
+        if piece is None or piece.numel() < size or piece.dtype != dtype:
+            piece = native_library.load().use_huge_pages(like.new_empty(size, dtype=dtype))
             if name is not None:
                 self._pieces[name] = piece
         return piece[:size].view(shape)

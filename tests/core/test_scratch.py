@@ -9,7 +9,7 @@ from zigma import scratch as scratch_module
 from zigma.config import ZigMaConfig
 from zigma.model import ZigMa
 from zigma.scratch import Scratch
-from zigma.selective_scan import native
+from zigma.selective_scan import Stream, native
 
 KINDS = {
     "plain": {},
@@ -28,9 +28,9 @@ def _however_small(monkeypatch):
     monkeypatch.setattr(scratch_module, "WORTH_IT_FROM", 0)
 
 
-def model_and_inputs(kind: str, dtype: torch.dtype = torch.float32, batch: int = 2):
+def model_and_inputs(kind: str, dtype: torch.dtype = torch.float32, batch: int = 2, **others):
     torch.manual_seed(0)
-    fields = {"in_channels": 3, "embed_dim": 16, "depth": 4, "img_dim": (4, 6), "use_pe": 2, **KINDS[kind]}
+    fields = {"in_channels": 3, "embed_dim": 16, "depth": 4, "img_dim": (4, 6), "use_pe": 2, **KINDS[kind], **others}
     model = ZigMa(ZigMaConfig(**fields), dtype=dtype).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -71,24 +71,35 @@ def test_a_model_gives_what_it_gives_without(monkeypatch, kind, dtype):
 
 
 LAYERS = [
-    *("blocks.1.mixer", "blocks.1.mixer.in_proj", "blocks.1.mixer.x_proj", "blocks.1.mixer.dt_proj"),
-    *("blocks.1.mixer.out_proj", "blocks.1.msa", "blocks.1.msa.to_q", "blocks.1.msa.to_out.0"),
+    *("blocks.0", "blocks.1", "blocks.3", "blocks.1.mixer", "blocks.1.mixer.in_proj", "blocks.1.mixer.x_proj"),
+    *("blocks.1.mixer.dt_proj", "blocks.1.mixer.out_proj", "blocks.1.msa", "blocks.1.msa.to_q"),
+    *("blocks.1.msa.to_out.0", "final_layer", "final_layer.linear"),
 ]
 
 
+@pytest.mark.parametrize("before", [False, True], ids=["after", "before"])
 @pytest.mark.parametrize("name", [*LAYERS, "every module"])
+@pytest.mark.parametrize("mixer", ["mamba", "attention"])
 @torch.no_grad()
-def test_what_a_hook_has_seen_stays(monkeypatch, name):
-    model, inputs = model_and_inputs("text")
+def test_what_a_hook_has_seen_stays(monkeypatch, name, mixer, before):
+    if mixer == "attention":
+        name = name.replace("in_proj", "qkv").replace("out_proj", "proj")
+    model, inputs = model_and_inputs("text", mixer=mixer)
+    if mixer == "attention" and ("x_proj" in name or "dt_proj" in name):
+        pytest.skip("attention has no such layer")
     want, kept = model(*inputs), []
 
-    def keep(_layer, given, out):
-        kept.extend((t, t.clone()) for t in (*given, out) if isinstance(t, torch.Tensor))
+    def keep(_layer, given, out=()):
+        given = (*given, *(out if isinstance(out, tuple) else (out,)))
+        given += tuple(t for stream in given if isinstance(stream, Stream) for t in stream)
+        kept.extend((t, t.clone()) for t in given if isinstance(t, torch.Tensor))
 
     if name == "every module":
-        handle = torch.nn.modules.module.register_module_forward_hook(keep)
+        kinds = torch.nn.modules.module
+        handle = (kinds.register_module_forward_pre_hook if before else kinds.register_module_forward_hook)(keep)
     else:
-        handle = model.get_submodule(name).register_forward_hook(keep)
+        layer = model.get_submodule(name)
+        handle = (layer.register_forward_pre_hook if before else layer.register_forward_hook)(keep)
     try:
         torch.testing.assert_close(model(*inputs), want)
     finally:
@@ -123,22 +134,49 @@ def test_few_tokens_are_not_worth_it(monkeypatch):
 
 @torch.no_grad()
 def test_layers_share_pieces_and_evaluations_do_not(monkeypatch):
-    """Each of the two wide results is made once for all layers; and what one call returns is not the next one's."""
+    """Each wide result is made once or twice for all layers; and what one call returns is not the next one's."""
     model, inputs = model_and_inputs("text")
     pieces, take = set(), Scratch._take
 
-    def noted(self, name, shape, like):
-        out = take(self, name, shape, like)
+    def noted(self, name, *rest):
+        out = take(self, name, *rest)
         if name is not None:
             pieces.add((name, out.data_ptr()))
         return out
 
     monkeypatch.setattr(Scratch, "_take", noted)
     first = model(*inputs)
-    assert sorted(name for name, _ in pieces) == ["queries", "step sizes", "x and z"]
+    assert sorted(name for name, _ in pieces) == [
+        *("attended", "mixed", "normed 0", "normed 1", "queries", "residual 0", "residual 1", "step sizes", "tokens"),
+        "x and z",
+    ]
     copy = first.clone()
     model(torch.randn_like(inputs[0]), *inputs[1:])
     assert torch.equal(first, copy)
+
+
+@pytest.mark.parametrize("kind", ["plain", "text"])
+@torch.no_grad()
+def test_one_layer_that_is_looked_at_leaves_the_others_their_inner_memory(monkeypatch, kind):
+    model, inputs = model_and_inputs(kind)
+    names = taken(monkeypatch)
+    model.blocks[2].register_forward_hook(lambda *_: None)
+    model(*inputs)
+    assert "x and z" in names
+    assert not {"mixed", "tokens", "attended", "normed 0", "residual 0"} & set(names)
+
+
+@torch.no_grad()
+def test_a_layer_of_another_kind_is_not_private():
+    class Other(torch.nn.Linear):
+        pass
+
+    model, _ = model_and_inputs("text")
+    assert all(block.is_private() for block in model.blocks)
+    model.blocks[1].mixer.in_proj = Other(16, 64)
+    model.blocks[2].msa.to_q = Other(16, 512)
+    model.blocks[3].mixer = torch.nn.Identity()
+    assert [block.is_private() for block in model.blocks] == [True, False, False, False]
 
 
 class Patched(torch.nn.Linear):

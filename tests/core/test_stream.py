@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -11,6 +13,8 @@ from zigma.layer_scans import relative_scans
 from zigma.scan_orders import LayerSchedule, scan_order
 from zigma.selective_scan import Stream, add_norm, gather_rows, native_library, stream
 
+# From 5 on, for narrower slopes are cancellation. Wide rows have blocks of four vectors, then vectors, then a rest.
+WIDTHS = st.integers(5, 70) | st.sampled_from([96, 128, 203, 208])
 INPUTS = ("base", "mix", "gate", "residual", "weight", "bias", "shift", "scale")
 
 
@@ -66,7 +70,7 @@ def assert_agree(got, want, tolerance):
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    shape=st.tuples(st.integers(1, 3), st.integers(1, 70), st.integers(5, 70)),  # narrower, slopes are cancellation
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 70), WIDTHS),
     absent=st.sets(st.sampled_from(["mix", "gate", "residual", "weight", "bias", "modulation"])),
     layer_norm=st.booleans(), ordered=st.booleans(), total=st.sampled_from([None, torch.float32]),
     keep_norm=st.booleans(), seed=st.integers(0, 1000),
@@ -84,8 +88,12 @@ def test_fused_is_composed(native, shape, absent, layer_norm, ordered, total, ke
     assert_agree(grads.values(), wanted.values(), 2e-5)
 
 
-def test_bfloat16_differs_by_one_rounding(native):
-    tensors = draw(2, 50, 40, torch.bfloat16)
+@pytest.mark.parametrize("width", [37, 40, 64, 208])
+@pytest.mark.parametrize("float32", [(), ("gate",), ("mix", "shift"), ("base",)], ids=",".join)
+def test_bfloat16_differs_by_one_rounding(native, width, float32):
+    """Whether all rows are bfloat16, which has a kernel of its own, or not all."""
+    tensors = draw(2, 50, width, torch.bfloat16)
+    tensors = {name: t.float() if name in float32 else t for name, t in tensors.items()}
     options = (torch.randperm(50), 1e-6, True, torch.bfloat16, True)
     (outs, grads), (want, wanted) = (results(f, tensors, *options) for f in (fused, stream.composed))
     assert_agree(outs, want, 2**-7)
@@ -109,6 +117,34 @@ def test_any_strides_empty_batches_and_threads(native):
     for empty in ((0, 5, 8), (2, 0, 8)):
         outs, grads = results(fused, draw(*empty), None, 1e-5, False, torch.float32, True)
         assert all(t.shape == empty for t in outs) and not any(g.any() for g in grads.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [21, 64])
+@torch.no_grad()
+def test_results_may_take_places(native, dtype, width):
+    """Bit for bit the same: with a gather in memory apart, without one also in that of the summands."""
+    tensors, order = draw(2, 40, width, dtype), torch.randperm(40, generator=torch.Generator().manual_seed(1))
+    base, mix, gate, residual, weight, bias, shift, scale = tensors.values()
+    options = {"eps": 1e-5, "modulation": (shift, scale), "total": torch.float32}
+    for gather, layer_norm in itertools.product((None, order), (False, True)):
+        options |= {"gather": gather, "layer_norm": layer_norm}
+        want = add_norm(Stream(base, mix, gate, residual), weight, bias, **options)
+        for kind in ("apart", "one apart") if gather is not None else ("apart", "one apart", "summands"):
+            b, m, r = base.clone(), mix.clone(), residual.clone()
+            places = (r, b, m) if kind == "summands" else tuple(torch.full_like(t, torch.nan) for t in (r, b, m))
+            places = (None, places[1], None) if kind == "one apart" else places
+            got = add_norm(Stream(b, m, gate, r), weight, bias, places=places, **options)
+            assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+            assert all(p is None or p.data_ptr() == t.data_ptr() for p, t in zip(places, got, strict=True))
+
+
+def test_places_are_left_alone_where_gradients_are_wanted(native):
+    tensors = draw(1, 9, 20)
+    base = tensors["base"].clone().requires_grad_()
+    places = tuple(torch.zeros_like(base) for _ in range(3))
+    add_norm(Stream(base, tensors["mix"]), eps=1e-5, total=torch.float32, places=places)
+    assert not any(place.any() for place in places)
 
 
 def test_a_nan_stays_in_its_row(native):

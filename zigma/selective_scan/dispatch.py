@@ -10,6 +10,7 @@ A backend is a module with NAME and these functions; scan and conv as in custom_
     scan_forward, scan_backward, conv_forward, conv_backward
     scan_over, conv_over_x              optional: the result in the memory of an input that nobody needs any more
     norm_forward, norm_backward         optional: the pass between two mixers, as in stream.py
+    norm_into                           optional: norm_forward with its results in memory that nobody needs any more
 """
 
 from __future__ import annotations

@@ -195,9 +195,22 @@ def norm_forward(
     base, mix, gate, residual, weight, bias, shift, scale, gather, eps, layer_norm, total, keep_norm
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Arguments and results as in `stream.add_norm`."""
-    x = None if total is None else _fresh(base, dtype=total)
-    normed = _fresh(base) if keep_norm else None
-    modulated = None if scale is None else _fresh(base)
+    rest = (mix, gate, residual, weight, bias, shift, scale, gather, eps, layer_norm, total, keep_norm)
+    return norm_into((None, None, None), base, *rest)
+
+
+def norm_into(
+    places, base, mix, gate, residual, weight, bias, shift, scale, gather, eps, layer_norm, total, keep_norm
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The same, each result in its place if it has one: dense rows of its shape and dtype.
+
+    Without a gather a place may be that of a summand: each row is read before it is written.
+    """
+    wanted = ((total is not None, total), (keep_norm, base.dtype), (scale is not None, base.dtype))
+    x, normed, modulated = (
+        (_fresh(base, dtype) if place is None else place) if needed else None
+        for place, (needed, dtype) in zip(places, wanted, strict=True)
+    )
     inputs = (base, mix, gate, residual, weight, bias, shift, scale, gather, eps, layer_norm)
     _run_norm("norm_forward", *inputs, (x, normed, modulated), (None,) * 6, (None,) * 5)
     return x, normed, modulated

@@ -47,6 +47,7 @@ def add_norm(
     gather: Tensor | None = None,
     total: torch.dtype | None = None,
     keep_norm: bool = True,
+    places: tuple[Tensor | None, Tensor | None, Tensor | None] | None = None,
 ) -> tuple[Tensor | None, ...]:
     """x = the stream's sum at rows `gather`; (x, u, m) with u = norm(x) weight + bias and m = u (1 + scale) + shift.
 
@@ -62,6 +63,8 @@ def add_norm(
         gather: (l,) row of the stream for each row of the results; None takes them as they are.
         total: dtype in which x is wanted; None leaves it out.
         keep_norm: whether u is wanted beside m.
+        places: memory for x, u and m that nobody needs any more, as `scratch.py` has it: of their shapes and dtypes,
+            and apart from what is gathered. A backend may use it where nobody wants gradients.
 
     Returns:
         (x or None, u or None, m or None), all (b, l, d); u and m in the dtype of base.
@@ -79,6 +82,8 @@ def add_norm(
             check_permutations(gather)
             if operators_are_looked_at(*given):
                 return _AddNorm.apply(module, *arguments)
+            if places is not None and hasattr(module, "norm_into"):
+                return module.norm_into(places, *arguments)
             return module.norm_forward(*arguments)
     return composed(*arguments)
 

@@ -1,9 +1,8 @@
 """What the benchmarks share: clocks, medians, memory, tables, and the sizes of a ZigMa's mixer.
 
 All sides of a comparison take turns, in another order each round, in one process, with the same dtype and number of
-threads, and before each turn memory is fetched. One thread is measured in the process's CPU time, which other programs
-disturb less; where numbers of threads are compared, in wall time. Absolute times move from machine to machine and with
-the load; ratios are what to look at.
+threads. One thread is measured in the process's CPU time, which other programs disturb less; where numbers of threads
+are compared, in wall time. Absolute times move from machine to machine and with the load; ratios are what to look at.
 """
 
 from __future__ import annotations
@@ -116,8 +115,14 @@ def held_table(held: Sequence[Held]) -> str:
     return "\n".join([HELD_COLUMNS, *(figure.row() for figure in held)])
 
 
-def fetch_memory(size: int = 2**30) -> None:
-    """Touches so many bytes, in large pages where there are native kernels, and gives them back."""
+def fetch_memory(size: int) -> None:
+    """Touches so many bytes, in large pages where there are native kernels, and gives them back.
+
+    A virtual machine gives memory that it does not use back to its host, and to get it again can take longer than to
+    compute what it is for; who came after whom would decide the figure.
+    """
+    if not size:
+        return
     memory = torch.empty(size, dtype=torch.uint8)
     if native.unavailable() is None:
         native_library.load().use_huge_pages(memory)
@@ -126,16 +131,15 @@ def fetch_memory(size: int = 2**30) -> None:
 
 def turns(
     candidates: Mapping[Any, Run], rounds: int, clock: Callable[[], float] = time.process_time,
-    at_most: Mapping[Any, int] | None = None,
+    at_most: Mapping[Any, int] | None = None, memory: Mapping[Any, int] | None = None,
 ) -> dict[Any, list[float]]:  # fmt: skip
     """Milliseconds of each candidate in each of the rounds, in which all of them take their turn, in a new order.
 
     A first round is not counted. `at_most` is for candidates that take long: so many rounds, and where that is below
     3, no first one. What a candidate has to `prepare` for each of its turns is not counted either.
 
-    Nobody's neighbour is always the same, for what one leaves behind the next one finds: caches, and memory. And before
-    each turn memory is fetched, for a virtual machine gives what it does not use back to its host, and to get it again
-    takes longer than to compute what it is for.
+    Nobody's neighbour is always the same, for what one leaves behind the next one finds. `memory`: of candidates that
+    ask for much, the bytes of it that are fetched before each of their turns.
     """
     at_most, turn = at_most or {}, random.Random(0)
     times: dict[Any, list[float]] = {name: [] for name in candidates}
@@ -146,8 +150,7 @@ def turns(
             for name, run in turn.sample(list(candidates.items()), len(candidates)):
                 if number > at_most.get(name, rounds) or (number == 0 and at_most.get(name, 3) < 3):
                     continue
-                if rounds > 1:  # with one it is not times that are asked for
-                    fetch_memory()
+                fetch_memory((memory or {}).get(name, 0))
                 if prepare := getattr(run, "prepare", None):
                     prepare()
                 start = clock()

@@ -198,9 +198,10 @@ class WithThreads:
 
 
 def speed_up(candidates: Mapping[str, Run], rounds: int, threads: int = 2) -> dict[str, float]:
-    """How many times faster each candidate is with that many threads than with one, in wall time."""
+    """How many times faster each candidate is with that many threads than with one, in wall time, which others disturb
+    more: in three times the rounds."""
     ways = {(name, n): WithThreads(n, run) for name, run in candidates.items() for n in (1, threads)}
-    times = medians(ways, rounds, time.perf_counter)
+    times = medians(ways, 3 * rounds if rounds > 1 else 1, time.perf_counter)
     return {name: times[name, 1] / times[name, threads] for name in candidates}
 
 

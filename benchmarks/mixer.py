@@ -31,8 +31,7 @@ def run(options: Options) -> Report:
         candidates[ATTENTION, l] = functools.partial(measure.layer(Attention, l), tokens)
     # All lengths in one set of rounds, for the growth is a ratio too.
     slow = {**{(name, 16384): 5 for name in NAMES}, (ATTENTION, 4096): 5, (ATTENTION, 16384): 2}
-    # A mixer alone asks for ten times its tokens: x and z, what the convolution gives, step sizes, the result.
-    memory = {(name, l): 10 * l * WIDTH * 4 for name, l in candidates}
+    memory = {name: size for l in lengths for name, size in measure.fetched(l, [(n, l) for n in NAMES]).items()}
     times = measure.medians(candidates, options.rounds, at_most=slow, memory=memory)
     rows = {l: {name: times[name, l] for name in NAMES} for l in lengths}
     report.data["mixer"] = {str(l): row for l, row in rows.items()}

@@ -9,8 +9,6 @@ from __future__ import annotations
 import functools
 import os
 import time
-from collections.abc import Iterable
-from typing import Any
 
 import measure
 import torch
@@ -93,7 +91,7 @@ def steps(report: Report, options: Options) -> None:
         step = Step(l, depth, text)
         rounds = options.fewer(7 if depth == FEW else 3)
         candidates = {"step": step.infer, "GEMMs": step.products()}
-        times = measure.medians(candidates, rounds, memory=asked_for(l, candidates))
+        times = measure.medians(candidates, rounds, memory=measure.fetched(l, candidates))
         ratio = times["step"] / times["GEMMs"]
         name = f"{l} tokens, {depth} blocks, {'with' if text else 'without'} text"
         cells.append([name, f"{times['step']:.0f}", f"{times['GEMMs']:.0f}", f"{ratio:.2f}"])
@@ -103,11 +101,6 @@ def steps(report: Report, options: Options) -> None:
         f"blocks takes six times that of four. A text has {TEXT} tokens of width 768, and is encoded before."
     )
     report.table("A step and its matrix products", ["", "step", "GEMMs", "step / GEMMs"], cells, text)
-
-
-def asked_for(tokens: int, candidates: Iterable[Any]) -> dict[Any, int]:
-    """Bytes that are fetched before each of the candidates: twenty times the tokens, as a step asks for."""
-    return dict.fromkeys(candidates, 20 * tokens * measure.WIDTH * 4)
 
 
 def training(report: Report, options: Options) -> None:
@@ -131,7 +124,7 @@ def bfloat16(report: Report, options: Options) -> None:
         made = {name: Step(l, FEW, dtype=dtype) for name, dtype in kinds.items()}
         candidates = {("step", name): step.infer for name, step in made.items()}
         candidates |= {("GEMMs", name): step.products() for name, step in made.items()}
-        times = measure.medians(candidates, options.fewer(7 if able else 2), memory=asked_for(l, candidates))
+        times = measure.medians(candidates, options.fewer(7 if able else 2), memory=measure.fetched(l, candidates))
         ratios = {what: times[what, "float32"] / times[what, "bfloat16"] for what in ("step", "GEMMs")}
         for what, ratio in ratios.items():
             cells.append([f"{l} tokens, {what}", *(f"{times[what, name]:.0f}" for name in kinds), f"{ratio:.2f}×"])

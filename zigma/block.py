@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from .config import ZigMaConfig
 from .layer_scans import LayerScan
-from .mixer import SSM, Attention, CrossAttention, Mamba, is_plain, read_weights
+from .mixer import SSM, Attention, CrossAttention, Mamba, at_least_float32, is_plain, read_weights
 from .scratch import Scratch
 from .selective_scan import Stream, add_norm, gather_rows
 
-__all__ = ["Block", "drop_path", "like_norms"]
+__all__ = ["Block", "Norms", "drop_path"]
 
 
 class Block(nn.Module):
@@ -31,8 +35,8 @@ class Block(nn.Module):
         d, options = config.embed_dim, {"device": device, "dtype": dtype}
         # Layer 0 has nothing to drop; layers 1 ... depth-1 the steps before it of a ramp to the rate (published).
         self.drop = config.drop_path_rate * max(index - 1, 0) / max(config.depth - 1, 1)
-        norm = operations.RMSNorm if config.rms_norm else operations.LayerNorm
-        self.norm = norm(d, eps=config.norm_epsilon, **options)
+        self._norms, self._linear = Norms.of(config, operations), operations.Linear
+        self.norm = self._norms.kind(d, eps=config.norm_epsilon, **options)
         mixer = Mamba if config.mixer == "mamba" else Attention
         self.mixer = mixer(config, operations=operations, **options)
         parts = 6 if config.conditioning == "text" else 3
@@ -40,8 +44,6 @@ class Block(nn.Module):
         self.msa = None
         if config.conditioning == "text":
             self.msa = CrossAttention(d, operations=operations, **options)
-        self._eps, self._layer_norm, self._linear = config.norm_epsilon, not config.rms_norm, operations.Linear
-        self._read_weights = getattr(operations, "read_weights", read_weights)
 
     def forward(
         self, stream: Stream, c: Tensor, keys_values: tuple[Tensor, Tensor] | None, scan: LayerScan,
@@ -49,11 +51,11 @@ class Block(nn.Module):
     ) -> Stream:  # fmt: skip
         """stream of (b, l, d), c = silu(condition) (b, d), text as keys and values; returns in this layer's order."""
         shift, scale, gate, *text = self.adaLN_modulation(c).unsqueeze(1).chunk(3 if self.msa is None else 6, dim=-1)
-        weight, bias = self._read_weights(self.norm, like_norms(stream.base))
-        places = scratch and scratch.of_norm(stream.base, torch.float32)
-        residual, u, tokens = add_norm(
-            drop_path(stream, self.drop, self.training), weight, bias, eps=self._eps, layer_norm=self._layer_norm,
-            modulation=(shift, scale), gather=scan.gather, total=torch.float32, places=places,
+        total = at_least_float32(stream.base.dtype)
+        places = scratch and scratch.of_norm(stream.base, total)
+        residual, u, tokens = self._norms(
+            self.norm, drop_path(stream, self.drop, self.training), total=total, modulation=(shift, scale),
+            gather=scan.gather, places=places,
         )  # fmt: skip
         mixed = self._mix(tokens, scan, ssm, scratch)
         if self.msa is None:
@@ -81,9 +83,41 @@ class Block(nn.Module):
         return mixed if scan.store is None else gather_rows(mixed, scan.store)
 
 
-def like_norms(tokens: Tensor) -> Tensor:
-    """An empty tensor of the device and dtype (float32) in which norms want their weights."""
-    return tokens.new_empty(0, dtype=torch.float32)
+@dataclass(frozen=True)
+class Norms:
+    """How a model's norms are made, and called together with what stands before and after them.
+
+    Attributes:
+        kind: their class, RMSNorm or LayerNorm.
+        layer_norm: which of the two.
+        read_weights: how their weights are read.
+        eps: added to the mean square or variance.
+    """
+
+    kind: type[nn.Module]
+    layer_norm: bool
+    read_weights: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor | None]]
+    eps: float
+
+    @classmethod
+    def of(cls, config: ZigMaConfig, operations: Any) -> Norms:
+        kind = operations.RMSNorm if config.rms_norm else operations.LayerNorm
+        return cls(kind, not config.rms_norm, getattr(operations, "read_weights", read_weights), config.norm_epsilon)
+
+    def __call__(
+        self, norm: nn.Module, stream: Stream, *, total: torch.dtype | None = None,
+        modulation: tuple[Tensor, Tensor] | None = None, gather: Tensor | None = None, places: tuple | None = None,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        """`add_norm` with the weights of one of the norms; one that is hooked or replaced is called instead."""
+        base, options = stream.base, {"eps": self.eps, "layer_norm": self.layer_norm, "gather": gather}
+        precise = at_least_float32(base.dtype)
+        if is_plain(norm, self.kind):
+            weight, bias = self.read_weights(norm, base.new_empty(0, dtype=precise))
+            return add_norm(stream, weight, bias, total=total, modulation=modulation, places=places, **options)
+        x, _, _ = add_norm(stream, total=precise, keep_norm=False, **options)
+        u = norm(x.to(base.dtype))
+        shift, scale = modulation or (None, None)
+        return None if total is None else x, u, None if scale is None else torch.addcmul(u + shift, u, scale)
 
 
 def drop_path(stream: Stream, rate: float, training: bool) -> Stream:

@@ -11,7 +11,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ PRESETS = {"S": (368, 24), "B": (768, 24), "M": (768, 48), "L": (1024, 48), "H":
 _PUBLISHED_BUT_MEANINGLESS = {"device", "dtype", "fused_add_norm", "use_jit", "m_init", "residual_in_fp32"}
 # What its Mamba initialisation takes; the first concerns embeddings, which a ZigMa initialises itself.
 _INITIALIZER_ARGUMENTS = {"initializer_range", "rescale_prenorm_residual", "n_residuals_per_layer"}
+# What a field's annotation admits. A published file may write a switch as 0 or 1.
+_KINDS = {"int": Integral, "int | None": (Integral, type(None)), "float": Real, "bool": Integral, "str": str}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +107,7 @@ class ZigMaConfig:
     use_checkpoint: bool = False
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         sides = (self.img_dim, self.img_dim) if isinstance(self.img_dim, int) else tuple(self.img_dim)
         object.__setattr__(self, "img_dim", sides)
         if self.dt_rank is None:
@@ -134,6 +138,15 @@ class ZigMaConfig:
                 f"ZigMaConfig.d_context is {self.d_context}, but a model with has_text needs the width of its text "
                 "features there (768 for CLIP ViT-L)"
             )
+
+    def _check_kinds(self) -> None:
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), _KINDS.get(field.type, object)
+            if not isinstance(value, kind) or (isinstance(value, bool) and field.type in ("int", "float")):
+                raise ValueError(f"ZigMaConfig.{field.name} is {value!r}, expected {field.type}")
+        sides = self.img_dim if isinstance(self.img_dim, Sequence) else (self.img_dim,)
+        if isinstance(sides, str) or not all(isinstance(side, Integral) for side in sides):
+            raise ValueError(f"ZigMaConfig.img_dim is {self.img_dim!r}, expected a whole number or two: height, width")
 
     def _check_embeddings(self) -> None:
         if self.use_pe == 3:

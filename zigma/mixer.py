@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .config import ZigMaConfig
 from .scratch import Scratch
-from .selective_scan import ordered_conv1d_silu, selective_scan_gathered
+from .selective_scan import gather_rows, ordered_conv1d_silu, selective_scan_gathered
 
 __all__ = [
     "FLOAT32_PARAMETERS",
@@ -101,7 +101,7 @@ class SSM(nn.Module):
             self.register_parameter(f"A{suffix}_log", nn.Parameter(torch.empty(e, n, **precise)))
             self.register_parameter(f"D{suffix}", nn.Parameter(torch.empty(e, **precise)))
         self._read_weights = getattr(operations, "read_weights", read_weights)
-        self._linear = operations.Linear
+        self._linear, self._conv = operations.Linear, operations.Conv1d
 
     def _apply(self, fn, recurse: bool = True):
         """As of any module (`.to`, `.half`, `.cuda`, ...), but A and D stay float32 where the others get fewer bits."""
@@ -133,18 +133,27 @@ class SSM(nn.Module):
 
     def _scan(self, x, z, order, conv1d, x_proj, dt_proj, A_log, D, scratch=None) -> Tensor:
         used = scratch is not None
-        weight, bias = self._read_weights(conv1d, x)
         # From here on in scan order; z waits in raster order. Rows that move cannot take the place of x: then the
         # step sizes do, and the result that of z.
-        u = ordered_conv1d_silu(x, weight, bias, order, overwrite_x=used)
+        u = self._convolve(conv1d, x, order, overwrite_x=used)
         dt, B, C = x_proj(u).split(self.splits, dim=-1)
         place = "step sizes" if order is None else x
         delta, delta_bias = self._step_sizes(dt_proj, dt, scratch, place)  # softplus follows inside the scan
-        A, D = -torch.exp(A_log.to(u.device, torch.float32)), D.to(u.device, torch.float32)
+        precise = at_least_float32(u.dtype)
+        A, D = -torch.exp(A_log.to(u.device, precise)), D.to(u.device, precise)
         unseen = delta_bias is not None  # no layer was called for them, and no hook
         return selective_scan_gathered(
             u, delta, A, B, C, D, z, delta_bias, order=order, overwrite_delta=unseen, overwrite_z=used
         )  # fmt: skip
+
+    def _convolve(self, conv1d: nn.Module, x: Tensor, order: Tensor | None, overwrite_x: bool) -> Tensor:
+        """x (b, l, e) in raster order -> SiLU of the causal convolution along the order, (b, l, e) in scan order."""
+        if is_plain(conv1d, self._conv):
+            weight, bias = self._read_weights(conv1d, x)
+            return ordered_conv1d_silu(x, weight, bias, order, overwrite_x=overwrite_x)
+        rows = x if order is None else gather_rows(x, order)
+        # The layer pads on both sides, so that its first l results are the causal ones.
+        return F.silu(conv1d(rows.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2))
 
     def _step_sizes(
         self, dt_proj: nn.Module, dt: Tensor, scratch: Scratch | None, place: Tensor | str
@@ -156,10 +165,11 @@ class SSM(nn.Module):
         """
         if dt.device.type == "cpu" and is_plain(dt_proj, self._linear):
             weight, bias = self._read_weights(dt_proj, dt)
+            bias = bias.to(at_least_float32(bias.dtype))
             if scratch is not None:
-                return scratch.linear(dt, weight, place=place), bias.float()
+                return scratch.linear(dt, weight, place=place), bias
             rows = F.linear(dt.flatten(0, 1), weight)  # of three dimensions torch makes one product or several
-            return rows.unflatten(0, dt.shape[:2]), bias.float()
+            return rows.unflatten(0, dt.shape[:2]), bias
         return dt_proj(dt.contiguous()), None  # contiguous, so that torch adds the bias within the product
 
     @torch.no_grad()

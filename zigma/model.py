@@ -22,14 +22,15 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .block import Block, drop_path, like_norms
+from .block import Block, Norms, drop_path
 from .config import ZigMaConfig
 from .embedders import FinalLayer, LabelEmbedder, PatchEmbed, TimestepEmbedder, sine_positions
 from .layer_scans import LayerScan, relative_scans
-from .mixer import SSM, is_plain, read_weights
+from .mixer import SSM, is_plain
 from .scan_orders import LayerSchedule, is_order
 from .scratch import Scratch
-from .selective_scan import Stream, add_norm
+from .selective_scan import Stream
+from .selective_scan.custom_ops import transformed
 from .selective_scan.surroundings import beyond_this_call
 
 __all__ = ["Condition", "ZigMa"]
@@ -92,11 +93,9 @@ class ZigMa(nn.Module):
         if config.share_ssm:
             self.ssm = SSM(config, **layers)
         self.blocks = nn.ModuleList(Block(config, index, **layers) for index in range(config.depth))
-        self.norm_f = (operations.RMSNorm if config.rms_norm else operations.LayerNorm)(
-            d, eps=config.norm_epsilon, **options
-        )  # fmt: skip
+        self._norms = Norms.of(config, operations)
+        self.norm_f = self._norms.kind(d, eps=config.norm_epsilon, **options)
         self.final_layer = FinalLayer(d, p * p * config.in_channels, **layers)
-        self._read_weights = getattr(operations, "read_weights", read_weights)
         self._schedules: dict[tuple, tuple[list[LayerScan], Tensor | None]] = {}
         self._given: list[tuple] = []
         self._resampled_to: set[tuple[int, int, int]] = set()  # what has been said of
@@ -154,11 +153,8 @@ class ZigMa(nn.Module):
             else:
                 stream = block(stream, c, keys_values, scan, ssm, scratch)
         stream = drop_path(stream, config.drop_path_rate, self.training)
-        weight, bias = self._read_weights(self.norm_f, like_norms(tokens))
-        _, tokens, _ = add_norm(
-            stream, weight, bias, eps=config.norm_epsilon, layer_norm=not config.rms_norm, gather=to_raster,
-            places=scratch and scratch.of_last_norm(stream.base),
-        )  # fmt: skip
+        places = scratch and scratch.of_last_norm(stream.base)
+        _, tokens, _ = self._norms(self.norm_f, stream, gather=to_raster, places=places)
         v = self.final_layer(tokens)
         v = rearrange(v, "b (f h w) (i j c) -> b f c (h i) (w j)", f=max(f, 1), h=h, w=w, i=p, j=p).to(x.dtype)
         return v if f else v.squeeze(1)
@@ -172,6 +168,7 @@ class ZigMa(nn.Module):
         if config.conditioning == "none":
             return None
         if config.conditioning == "class":
+            self._check_labels(y)
             pooled = self.y_embedder(y, y.new_empty(0, dtype=dtype or self.y_embedder.embedding_table.weight.dtype))
             return Condition(pooled, (None,) * config.depth)
         context = self.y_embedder(y.to(dtype or self.y_embedder.weight.dtype))  # (b, m, d)
@@ -312,6 +309,15 @@ class ZigMa(nn.Module):
             raise ValueError(f"got labels of {got}, expected {len(x)} whole numbers from 0 to {config.num_classes - 1}")
         if config.conditioning == "none" and y is not None:
             raise ValueError(f"got a condition of shape {tuple(y.shape)}, but this model takes none: leave y out")
+
+    def _check_labels(self, labels: Tensor) -> None:
+        """On a CPU alone: to look at them elsewhere is to wait for the device."""
+        if torch.compiler.is_compiling() or transformed() or labels.device.type != "cpu" or not labels.numel():
+            return
+        low, high, classes = int(labels.min()), int(labels.max()), self.config.num_classes
+        if low < 0 or high >= classes:
+            wrong = low if low < 0 else high
+            raise ValueError(f"got the label {wrong}, but this model has {classes}: expected 0 to {classes - 1}")
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -93,6 +93,8 @@ def _time_grid(steps: int, t0: float, t1: float, times: Sequence[float] | Tensor
         return grid
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps counts intervals of the time grid: expected an integer of at least 1, got {steps!r}")
+    if not (math.isfinite(t0) and math.isfinite(t1)):
+        raise ValueError(f"t0 and t1 are {t0} and {t1}: expected two numbers (0 is noise, 1 is data)")
     if t0 == t1:
         raise ValueError(f"t0 and t1 are both {t0}: expected two different times (0 is noise, 1 is data)")
     return [t0 + (t1 - t0) * i / steps for i in range(steps)] + [t1]
@@ -213,7 +215,7 @@ def _drift_weights(form: str, times: Sequence[float], path: Path, norm: float) -
 def _check_sde(method: str, diffusion: str, norm: float, last_step: str | None, last_step_size: float) -> None:
     choose(dict.fromkeys(SDE_SOLVERS), method, "SDE solver")
     choose(DIFFUSIONS, diffusion, "diffusion form")
-    if norm < 0:
+    if not 0 <= norm < math.inf:
         raise ValueError(f"norm scales a diffusion coefficient: expected a number of at least 0, got {norm}")
     if last_step is not None:
         choose(dict.fromkeys(LAST_STEPS), last_step, "last step (or None)")
@@ -262,6 +264,11 @@ def solve_sde(
     t1 = grid[-1]
     if not grid[0] < t1:
         raise ValueError(f"an SDE runs from noise (0) to data (1): expected t0 < t1, got t0={grid[0]:g} and t1={t1:g}")
+    if last_step is not None and last_step.lower() != "tweedie" and t1 + last_step_size > 1 + 1e-6:
+        raise ValueError(
+            f"the last step goes from t={t1:g} over {last_step_size:g}, beyond the data at 1: end the noisy steps at "
+            f"{1 - last_step_size:g}, or pass last_step=None"
+        )
     f, x = _field(velocity, x0), _wide(x0)
     weights = dict(zip(grid, _drift_weights(diffusion, grid, path, norm), strict=True))
     w = diffusion_coefficient(diffusion, torch.tensor(grid[:-1], dtype=torch.float64), path, norm).tolist()
@@ -325,7 +332,7 @@ def likelihood(
     if probes < 1:
         raise ValueError(f"the divergence is estimated from random probes: expected at least 1, got {probes}")
     f, x1 = _field(velocity, x1), _wide(x1)
-    shape, n = x1.shape, x1[0].numel()
+    shape, n = x1.shape, math.prod(x1.shape[1:])
     device = x1.device if generator is None else generator.device
     kept: list[Tensor] = []
 
@@ -350,5 +357,5 @@ def likelihood(
     state = solve_ode(augmented, state, steps, method, rtol, atol, t0=1.0, t1=0.0, callback=callback)
     x0, integrals = state[:, :n], state[:, n:]  # int_1^0 div v dt = -int_0^1
     prior = -0.5 * (x0.square() + math.log(2 * math.pi)).sum(1)
-    spread = integrals.std(1) / math.sqrt(probes) if probes > 1 else torch.full_like(prior, math.inf)
+    spread = integrals.std(1) / math.sqrt(probes) if probes > 1 and len(x1) else torch.full_like(prior, math.inf)
     return Likelihood(prior + integrals.mean(1), spread, x0.reshape(shape))

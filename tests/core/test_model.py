@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -324,3 +325,105 @@ def test_time_frequencies_are_the_same_bits_on_every_machine():
     assert ulps.abs().max() < 0.53 and (ulps.abs() > 0.5).nonzero().flatten().tolist() == [12]
     digest = hashlib.sha256(frequencies.numpy().tobytes()).hexdigest()
     assert digest.startswith("1fbe4f4713b7efd5"), digest
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"depth": 2.0}, "ZigMaConfig.depth is 2.0, expected int"),
+        ({"depth": "2"}, "ZigMaConfig.depth is '2', expected int"),
+        ({"patch_size": True}, "ZigMaConfig.patch_size is True, expected int"),
+        ({"norm_epsilon": "1e-5"}, "ZigMaConfig.norm_epsilon is '1e-5', expected float"),
+        ({"scan_type": None}, "ZigMaConfig.scan_type is None, expected str"),
+        ({"rms_norm": "False"}, "ZigMaConfig.rms_norm is 'False', expected bool"),
+        ({"dt_rank": "auto"}, "ZigMaConfig.dt_rank is 'auto', expected int | None"),
+        ({"img_dim": "32"}, "ZigMaConfig.img_dim is '32', expected a whole number or two"),
+        ({"img_dim": (4.0, 6)}, r"ZigMaConfig.img_dim is \(4.0, 6\), expected a whole number or two"),
+        ({"img_dim": None}, "ZigMaConfig.img_dim is None, expected a whole number or two"),
+        ({"img_dim": (4, 6, 8)}, "has to be a height and a width"),
+    ],
+)
+def test_a_field_of_another_type_is_refused_by_name(fields, message):
+    with pytest.raises(ValueError, match=message.replace("|", r"\|")):
+        ZigMaConfig(**{"in_channels": 3, "embed_dim": 16, "depth": 2, "img_dim": 4, **fields})
+
+
+def test_numbers_of_other_libraries_and_switches_as_numbers_are_fields():
+    numpy = pytest.importorskip("numpy")
+    config = ZigMaConfig(in_channels=numpy.int64(3), embed_dim=16, depth=2, img_dim=[4, 6], rms_norm=1, norm_epsilon=1)
+    assert config.in_channels == 3 and config.img_dim == (4, 6)
+
+
+@pytest.mark.parametrize("label", [-1, 3, 1000])
+def test_a_label_that_the_model_lacks_is_refused_by_name(label):
+    model = tiny("class")
+    x, t, _ = inputs(model)
+    labels = torch.tensor([1, label])
+    for ask in (lambda: model(x, t, labels), lambda: model.encode_condition(labels)):
+        with pytest.raises(ValueError, match=f"got the label {label}, but this model has 3: expected 0 to 2"):
+            ask()
+    assert model(x[:0], t[:0], labels[:0]).shape == x[:0].shape
+
+
+READ_LAYERS = ("blocks.1.norm", "norm_f", "blocks.1.mixer.conv1d")  # whose weights a kernel takes, not they themselves
+
+
+@pytest.mark.parametrize("fields", [{}, {"rms_norm": False}, {"scan_type": "v2"}, {"share_ssm": True}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", READ_LAYERS)
+def test_hooks_run_where_kernels_read_the_weights(name, dtype, fields):
+    """What a hook sees is what the kernel computes, and what it returns counts."""
+    if "conv1d" in name and "share_ssm" in fields:
+        name = "ssm.conv1d"
+    model = tiny(scan_type="zigzagN8", **fields) if "scan_type" not in fields else tiny(**fields)
+    model = model.to(dtype)
+    x, t, y = inputs(model)
+    x, want, seen = x.to(dtype), model(x.to(dtype), t, y), []
+    layer = model.get_submodule(name)
+    with layer.register_forward_hook(lambda _layer, given, out: seen.append((given[0], out))):
+        got = model(x, t, y)
+    assert seen and seen[0][0].dtype == dtype
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 5e-2, "atol": 1e-1}
+    torch.testing.assert_close(got, want, **tolerance)
+    with layer.register_forward_hook(lambda _layer, _given, out: out.flip(-1)):  # the last LayerNorm sees no factor
+        assert not torch.allclose(model(x, t, y), want, **tolerance)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("name", READ_LAYERS)
+def test_weights_that_a_hook_makes_follow_what_it_makes_them_of(name):
+    """Pruning, and the weight_norm of old, compute the weight in a hook before each call."""
+    model = tiny()
+    x, t, y = inputs(model)
+    layer = model.get_submodule(name)
+    if "conv1d" in name:
+        torch.nn.utils.weight_norm(layer)
+        made_of = layer.weight_g
+    else:
+        torch.nn.utils.prune.random_unstructured(layer, "weight", 0.5)
+        made_of = layer.weight_orig
+    before = model(x, t, y)
+    before.square().mean().backward()
+    assert made_of.grad is not None and made_of.grad.any()
+    with torch.no_grad():
+        made_of.mul_(torch.rand_like(made_of) + 1)
+    assert not torch.allclose(model(x, t, y), before, atol=1e-3)
+
+
+@pytest.mark.parametrize("fields", [{}, {"rms_norm": False}, {"scan_type": "v2"}, {"mixer": "attention"}], ids=str)
+def test_a_float64_model_computes_in_float64(fields):
+    """Slopes by differences of 1e-6: of sums or decays in float32 nothing of them would be left."""
+    model = tiny("text", embed_dim=8, depth=2, img_dim=(2, 2), **fields).double()
+    x, t, y = (None if v is None else v.double() for v in inputs(model))
+    assert torch.autograd.gradcheck(lambda x, y: model(x, t, y), (x.requires_grad_(), y.requires_grad_()))
+    ends = ("0.mixer.A_log", "0.mixer.dt_proj.bias", "0.norm.weight")
+    for parameter in (p for name, p in model.named_parameters() if name.endswith(ends)):
+        direction, eps = torch.randn_like(parameter), 1e-6
+        slope = torch.autograd.grad((model(x, t, y) ** 2).sum(), parameter)[0].mul(direction).sum()
+        with torch.no_grad():
+            values = []
+            for sign in (1, -1):
+                parameter.add_(sign * eps * direction)
+                values.append((model(x, t, y) ** 2).sum())
+                parameter.sub_(sign * eps * direction)
+        torch.testing.assert_close((values[0] - values[1]) / (2 * eps), slope, rtol=1e-5, atol=1e-6)

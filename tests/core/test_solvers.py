@@ -332,10 +332,13 @@ def test_given_times_are_the_grid_of_an_sde(method, last_step):
     torch.testing.assert_close(given, solve_sde(toy, x0, 8, method, generator=seeded(0), **kwargs))
 
     times, generator = [0.0, 0.1, 0.15, 0.5, 0.8, end], seeded(1)
-    whole = solve_sde(toy, x0, method=method, generator=seeded(1), times=times, callback=lambda *a: seen.append(a))
+    given = {"generator": seeded(1), "times": times, "callback": lambda *a: seen.append(a)}
+    whole = solve_sde(toy, x0, method=method, **given, **kwargs)
     half = solve_sde(toy, x0, method=method, generator=generator, times=times[:4], last_step=None)
-    torch.testing.assert_close(whole, solve_sde(toy, half, method=method, generator=generator, times=times[3:]))
-    assert [a[0] for a in seen] == list(range(6)) and [a[1] for a in seen] == times
+    rest = solve_sde(toy, half, method=method, generator=generator, times=times[3:], **kwargs)
+    torch.testing.assert_close(whole, rest)
+    steps = len(times) - (last_step is None)
+    assert [a[0] for a in seen] == list(range(steps)) and [a[1] for a in seen] == times[:steps]
 
 
 # --- callbacks and memory
@@ -545,6 +548,11 @@ def test_published_likelihood(recorded):
     torch.testing.assert_close(out.x0, tensors["likelihood.z"], rtol=1e-5, atol=1e-6)
 
 
+def test_likelihood_of_nothing_is_nothing():
+    found = likelihood(toy, torch.empty(0, 3), steps=2, probes=2)
+    assert found.log_prob.shape == (0,) and found.x0.shape == (0, 3)
+
+
 # --- mistakes
 
 
@@ -573,6 +581,11 @@ def test_published_likelihood(recorded):
         (lambda x: solve_sde(toy, x, times=[0.0, 0.5, 0.4]), "strictly rising"),
         (lambda x: solve_sde(toy, x, times=[0.0, 1.0], t0=0.1), "times is the whole grid .* but not both"),
         (lambda x: solve_sde(toy, x, norm=-1.0), "expected a number of at least 0, got -1.0"),
+        (lambda x: solve_sde(toy, x, norm=math.nan), "expected a number of at least 0, got nan"),
+        (lambda x: solve_sde(toy, x, times=[0.0, 0.5, 1.0]), "from t=1 over 0.04, beyond the data .* at 0.96"),
+        (lambda x: solve_sde(toy, x, t1=0.99, last_step="euler"), "from t=0.99 over 0.04, beyond the data"),
+        (lambda x: solve_ode(toy, x, t0=math.nan), "t0 and t1 are nan and 1.0: expected two numbers"),
+        (lambda x: solve_sde(toy, x, t1=math.inf), "t0 and t1 are 0.0 and inf"),
         (lambda x: likelihood(toy, x, probes=0), "expected at least 1, got 0"),
         (lambda x: likelihood(torch.no_grad()(toy), x), "no gradient by x"),
     ],

@@ -27,7 +27,7 @@ class Stream(NamedTuple):
         base: (b, l, d).
         mix: (b, l, d) or None.
         gate: (b, 1, d) of the mix, or None for 1.
-        residual: (b, l, d) float32 or None.
+        residual: (b, l, d), float32 or float64 if base is, or None.
     """
 
     base: Tensor
@@ -51,8 +51,8 @@ def add_norm(
 ) -> tuple[Tensor | None, ...]:
     """x = the stream's sum at rows `gather`; (x, u, m) with u = norm(x) weight + bias and m = u (1 + scale) + shift.
 
-    Sums and norms are float32 (RMSNorm: Zhang and Sennrich, arXiv 1910.07467, equation 4; LayerNorm: arXiv 1607.06450;
-    modulation: adaLN of DiT, arXiv 2212.09748, section 3.2).
+    Sums and norms are float32, of a float64 base float64 (RMSNorm: Zhang and Sennrich, arXiv 1910.07467, equation 4;
+    LayerNorm: arXiv 1607.06450; modulation: adaLN of DiT, arXiv 2212.09748, section 3.2).
 
     Args:
         stream: the summands.
@@ -124,14 +124,15 @@ def composed(
     base, mix, gate, residual, weight, bias, shift, scale, gather, eps, layer_norm, total, keep_norm
 ) -> tuple[Tensor | None, ...]:
     """The same in operations of torch: what every device has, and what a compiler fuses by itself."""
-    x = base.float()
+    precise = torch.promote_types(base.dtype, torch.float32)
+    x = base.to(precise)
     if mix is not None:
-        x = x + mix.float() if gate is None else torch.addcmul(x, gate.float(), mix.float())
+        x = x + mix.to(precise) if gate is None else torch.addcmul(x, gate.to(precise), mix.to(precise))
     if residual is not None:
         x = x + residual
     if gather is not None:
         x = gather_rows(x, gather)
-    weight, bias = (None if t is None else t.float() for t in (weight, bias))
+    weight, bias = (None if t is None else t.to(precise) for t in (weight, bias))
     if layer_norm:
         norm = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     else:

@@ -63,7 +63,7 @@ class Block(nn.Module):
         shift, scale, gate_text = text
         h, _, tokens = add_norm(
             Stream(u, mixed, gate), eps=1e-6, layer_norm=True, modulation=(shift, scale), total=u.dtype,
-            keep_norm=False, places=places and (u, None, tokens),
+            keep_norm=False, places=places and (places[1], None, places[2]),  # of u and tokens, if they lie there
         )  # fmt: skip
         return Stream(h, self.msa(tokens, keys_values, scratch), gate_text, residual)
 

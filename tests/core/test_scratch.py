@@ -73,7 +73,7 @@ def test_a_model_gives_what_it_gives_without(monkeypatch, kind, dtype):
 LAYERS = [
     *("blocks.0", "blocks.1", "blocks.3", "blocks.1.mixer", "blocks.1.mixer.in_proj", "blocks.1.mixer.x_proj"),
     *("blocks.1.mixer.dt_proj", "blocks.1.mixer.out_proj", "blocks.1.msa", "blocks.1.msa.to_q"),
-    *("blocks.1.msa.to_out.0", "final_layer", "final_layer.linear"),
+    *("blocks.1.msa.to_out.0", "blocks.1.norm", "norm_f", "final_layer", "final_layer.linear"),
 ]
 
 

@@ -45,10 +45,12 @@ def read_weights(layer: nn.Module, like: Tensor) -> tuple[Tensor, Tensor | None]
 def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling the layer does what its kind says: it was not replaced, hooked, or given another forward.
 
-    Only then may its weights be read in place of the call. Adapters do all three.
+    Only then may its weights be read in place of the call. Adapters do all three; and whoever takes them off may leave
+    the layer's own forward as an attribute of it.
     """
     hooked = layer._forward_hooks or layer._forward_pre_hooks or _hooks_of_all_modules()
-    return type(layer) is kind and not (hooked or "forward" in vars(layer))
+    given = vars(layer).get("forward")
+    return type(layer) is kind and not hooked and (given is None or given == kind.forward.__get__(layer))
 
 
 _hooks_of_all_modules = getattr(nn.modules.module, "_has_any_global_hook", lambda: False)

@@ -7,6 +7,7 @@ import torch
 
 from zigma import scratch as scratch_module
 from zigma.config import ZigMaConfig
+from zigma.mixer import is_plain
 from zigma.model import ZigMa
 from zigma.scratch import Scratch
 from zigma.selective_scan import Stream, native
@@ -177,6 +178,26 @@ def test_a_layer_of_another_kind_is_not_private():
     model.blocks[2].msa.to_q = Other(16, 512)
     model.blocks[3].mixer = torch.nn.Identity()
     assert [block.is_private() for block in model.blocks] == [True, False, False, False]
+
+
+@torch.no_grad()
+def test_a_forward_that_was_put_back_is_the_layers_own():
+    """As hosts leave a layer whose call they wrapped for a training."""
+    model, inputs = model_and_inputs("text")
+    want = model(*inputs)
+    layers = (model.norm_f, model.blocks[1], model.blocks[1].norm, model.blocks[1].mixer.conv1d)
+    for layer in layers:
+        own, calls = layer.forward, []
+        layer.forward = lambda *given, own=own, calls=calls: calls.append(given) or own(*given)
+        assert not is_plain(layer, type(layer))
+        model(*inputs)
+        assert calls
+        layer.forward = own
+        assert is_plain(layer, type(layer))
+    model.blocks[2].norm.forward = model.blocks[1].norm.forward  # of another layer
+    assert not is_plain(model.blocks[2].norm, type(model.blocks[2].norm))
+    model.blocks[2].norm.forward = model.blocks[2].norm.__class__.forward.__get__(model.blocks[2].norm)
+    assert torch.equal(model(*inputs), want)
 
 
 class Patched(torch.nn.Linear):

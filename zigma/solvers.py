@@ -223,6 +223,16 @@ def _check_sde(method: str, diffusion: str, norm: float, last_step: str | None, 
             raise ValueError(f"last_step_size is a length of time: expected one between 0 and 1, got {last_step_size}")
 
 
+def _check_ends(t0: float, t1: float, last_step_size: float) -> None:
+    if not t0 < t1:
+        raise ValueError(f"an SDE runs from noise (0) to data (1): expected t0 < t1, got t0={t0:g} and t1={t1:g}")
+    if last_step_size and t1 + last_step_size > 1 + 1e-6:
+        raise ValueError(
+            f"the last step goes from t={t1:g} over {last_step_size:g}, beyond the data at 1: end the noisy steps at "
+            f"{1 - last_step_size:g}, or pass last_step=None"
+        )
+
+
 @torch.no_grad()
 def solve_sde(
     velocity: Velocity,
@@ -262,13 +272,7 @@ def solve_sde(
     t1 = t1 if t1 is not None else 1.0 if last_step is None else 1 - last_step_size
     grid = _time_grid(steps, t0, t1, times)
     t1 = grid[-1]
-    if not grid[0] < t1:
-        raise ValueError(f"an SDE runs from noise (0) to data (1): expected t0 < t1, got t0={grid[0]:g} and t1={t1:g}")
-    if last_step is not None and last_step.lower() != "tweedie" and t1 + last_step_size > 1 + 1e-6:
-        raise ValueError(
-            f"the last step goes from t={t1:g} over {last_step_size:g}, beyond the data at 1: end the noisy steps at "
-            f"{1 - last_step_size:g}, or pass last_step=None"
-        )
+    _check_ends(grid[0], t1, 0.0 if (last_step or "tweedie").lower() == "tweedie" else last_step_size)
     f, x = _field(velocity, x0), _wide(x0)
     weights = dict(zip(grid, _drift_weights(diffusion, grid, path, norm), strict=True))
     w = diffusion_coefficient(diffusion, torch.tensor(grid[:-1], dtype=torch.float64), path, norm).tolist()

@@ -16,7 +16,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -129,10 +129,10 @@ def fetch_memory(size: int) -> None:
     memory.zero_()
 
 
-def fetched(tokens: int, candidates: Iterable[Any]) -> dict[Any, int]:
-    """For `turns`, of a mixer or a step of so many float32 tokens: twice the ten times their size that it asks for, as
-    a system may hand out other memory than it just got back."""
-    return dict.fromkeys(candidates, 20 * tokens * WIDTH * 4)
+def fetched(tokens: int) -> int:
+    """Bytes for the `memory` of `turns`, of a mixer or a step of so many float32 tokens: twice the ten times their size
+    that it asks for, as a system may hand out other memory than it just got back."""
+    return 20 * tokens * WIDTH * 4
 
 
 def turns(
@@ -207,7 +207,7 @@ def speed_up(candidates: Mapping[str, Run], rounds: int, threads: int = 2) -> di
     """How many times faster each candidate is with that many threads than with one, in wall time, which others disturb
     more: in three times the rounds."""
     ways = {(name, n): WithThreads(n, run) for name, run in candidates.items() for n in (1, threads)}
-    times = medians(ways, 3 * rounds if rounds > 1 else 1, time.perf_counter)
+    times = medians(ways, 3 * rounds, time.perf_counter)
     return {name: times[name, 1] / times[name, threads] for name in candidates}
 
 

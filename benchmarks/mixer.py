@@ -31,7 +31,7 @@ def run(options: Options) -> Report:
         candidates[ATTENTION, l] = functools.partial(measure.layer(Attention, l), tokens)
     # All lengths in one set of rounds, for the growth is a ratio too.
     slow = {**{(name, 16384): 5 for name in NAMES}, (ATTENTION, 4096): 5, (ATTENTION, 16384): 2}
-    memory = {name: size for l in lengths for name, size in measure.fetched(l, [(n, l) for n in NAMES]).items()}
+    memory = {(name, l): measure.fetched(l) for name, l in candidates}
     times = measure.medians(candidates, options.rounds, at_most=slow, memory=memory)
     rows = {l: {name: times[name, l] for name in NAMES} for l in lengths}
     report.data["mixer"] = {str(l): row for l, row in rows.items()}

@@ -91,7 +91,7 @@ def steps(report: Report, options: Options) -> None:
         step = Step(l, depth, text)
         rounds = options.fewer(7 if depth == FEW else 3)
         candidates = {"step": step.infer, "GEMMs": step.products()}
-        times = measure.medians(candidates, rounds, memory=measure.fetched(l, candidates))
+        times = measure.medians(candidates, rounds, memory=dict.fromkeys(candidates, measure.fetched(l)))
         ratio = times["step"] / times["GEMMs"]
         name = f"{l} tokens, {depth} blocks, {'with' if text else 'without'} text"
         cells.append([name, f"{times['step']:.0f}", f"{times['GEMMs']:.0f}", f"{ratio:.2f}"])
@@ -124,7 +124,8 @@ def bfloat16(report: Report, options: Options) -> None:
         made = {name: Step(l, FEW, dtype=dtype) for name, dtype in kinds.items()}
         candidates = {("step", name): step.infer for name, step in made.items()}
         candidates |= {("GEMMs", name): step.products() for name, step in made.items()}
-        times = measure.medians(candidates, options.fewer(7 if able else 2), memory=measure.fetched(l, candidates))
+        memory = dict.fromkeys(candidates, measure.fetched(l))
+        times = measure.medians(candidates, options.fewer(7 if able else 2), memory=memory)
         ratios = {what: times[what, "float32"] / times[what, "bfloat16"] for what in ("step", "GEMMs")}
         for what, ratio in ratios.items():
             cells.append([f"{l} tokens, {what}", *(f"{times[what, name]:.0f}" for name in kinds), f"{ratio:.2f}×"])

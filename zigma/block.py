@@ -16,7 +16,7 @@ from .mixer import SSM, Attention, CrossAttention, Mamba, at_least_float32, is_p
 from .scratch import Scratch
 from .selective_scan import Stream, add_norm, gather_rows
 
-__all__ = ["Block", "Norms", "drop_path"]
+__all__ = ["Block", "Norms", "drop_path", "is_private"]
 
 
 class Block(nn.Module):
@@ -67,20 +67,28 @@ class Block(nn.Module):
         )  # fmt: skip
         return Stream(h, self.msa(tokens, keys_values, scratch), gate_text, residual)
 
-    def is_private(self) -> bool:
-        """Whether what the layers give to each other is seen by nobody else: none of them is hooked or replaced."""
-        mixer, msa = self.mixer, self.msa
-        kind, first = (Mamba, "in_proj") if type(mixer) is Mamba else (Attention, "qkv")
-        layers = [(self, Block), (mixer, kind), (getattr(mixer, first, mixer), self._linear)]
-        if msa is not None:
-            layers += [(msa, CrossAttention), (getattr(msa, "to_q", msa), self._linear)]
-        return all(is_plain(layer, expected) for layer, expected in layers)
-
     def _mix(self, tokens: Tensor, scan: LayerScan, ssm: SSM | None, scratch: Scratch | None = None) -> Tensor:
         """The mixer along each segment of the rows, as they lie; (b, l, d) -> (b, l, d)."""
         mixed = self.mixer(rearrange(tokens, "b (s l) d -> (b s) l d", s=scan.segments), None, ssm, scratch)
         mixed = rearrange(mixed, "(b s) l d -> b (s l) d", s=scan.segments)
         return mixed if scan.store is None else gather_rows(mixed, scan.store)
+
+
+# The layer of each that is given the tokens.
+ENTRANCES = {Mamba: "in_proj", Attention: "qkv", CrossAttention: "to_q"}
+
+
+def is_private(block: nn.Module) -> bool:
+    """Whether what a block is given and gives is seen by its own layers alone: none of them is hooked or replaced."""
+    if not is_plain(block, Block):
+        return False
+    mixers = [mixer for mixer in (block.mixer, block.msa) if mixer is not None]
+    return all(
+        type(mixer) in ENTRANCES
+        and is_plain(mixer, type(mixer))
+        and is_plain(getattr(mixer, ENTRANCES[type(mixer)]), block._linear)
+        for mixer in mixers
+    )
 
 
 @dataclass(frozen=True)

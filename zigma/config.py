@@ -108,7 +108,10 @@ class ZigMaConfig:
 
     def __post_init__(self) -> None:
         self._check_kinds()
-        sides = (self.img_dim, self.img_dim) if isinstance(self.img_dim, int) else tuple(self.img_dim)
+        sides = (self.img_dim, self.img_dim) if isinstance(self.img_dim, Integral) else self.img_dim
+        if not isinstance(sides, Sequence) or not all(isinstance(side, Integral) for side in sides):
+            raise ValueError(f"ZigMaConfig.img_dim is {sides!r}, expected a whole number or two: height, width")
+        sides = tuple(sides)
         object.__setattr__(self, "img_dim", sides)
         if self.dt_rank is None:
             object.__setattr__(self, "dt_rank", math.ceil(self.embed_dim / 16))
@@ -144,9 +147,6 @@ class ZigMaConfig:
             value, kind = getattr(self, field.name), _KINDS.get(field.type, object)
             if not isinstance(value, kind) or (isinstance(value, bool) and field.type in ("int", "float")):
                 raise ValueError(f"ZigMaConfig.{field.name} is {value!r}, expected {field.type}")
-        sides = self.img_dim if isinstance(self.img_dim, Sequence) else (self.img_dim,)
-        if isinstance(sides, str) or not all(isinstance(side, Integral) for side in sides):
-            raise ValueError(f"ZigMaConfig.img_dim is {self.img_dim!r}, expected a whole number or two: height, width")
 
     def _check_embeddings(self) -> None:
         if self.use_pe == 3:

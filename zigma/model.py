@@ -22,7 +22,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .block import Block, Norms, drop_path
+from .block import Block, Norms, drop_path, is_private
 from .config import ZigMaConfig
 from .embedders import FinalLayer, LabelEmbedder, PatchEmbed, TimestepEmbedder, sine_positions
 from .layer_scans import LayerScan, relative_scans
@@ -145,15 +145,14 @@ class ZigMa(nn.Module):
 
         stream, ssm = Stream(tokens), self.ssm if config.share_ssm else None
         if scratch := Scratch.for_inference(tokens):
-            private = all(type(block) is Block and block.is_private() for block in self.blocks)
-            scratch.between_layers = private and is_plain(self.final_layer, FinalLayer)
+            scratch.between_layers = all(map(is_private, self.blocks)) and is_plain(self.final_layer, FinalLayer)
         for block, keys_values, scan in zip(self.blocks, asked, scans, strict=True):
             if config.use_checkpoint and torch.is_grad_enabled():
                 stream = checkpoint(block, stream, c, keys_values, scan, ssm, use_reentrant=False)
             else:
                 stream = block(stream, c, keys_values, scan, ssm, scratch)
         stream = drop_path(stream, config.drop_path_rate, self.training)
-        places = scratch and scratch.of_last_norm(stream.base)
+        places = scratch and scratch.of_norm(stream.base)
         _, tokens, _ = self._norms(self.norm_f, stream, gather=to_raster, places=places)
         v = self.final_layer(tokens)
         v = rearrange(v, "b (f h w) (i j c) -> b f c (h i) (w j)", f=max(f, 1), h=h, w=w, i=p, j=p).to(x.dtype)

@@ -208,7 +208,10 @@ def _conditions(
             "guidance %g leads away from the empty text, which this model was not trained on as far as its file says: "
             "pictures may be worse than with guidance 1", guidance,
         )  # fmt: skip
-    return bundle.text_encoder.encode(list(prompts)), bundle.text_encoder.encode([negative])
+    # Each text once: a product may round otherwise for several equal ones than for one of them.
+    places = {text: place for place, text in enumerate(dict.fromkeys(prompts))}
+    features = bundle.text_encoder.encode(list(places))[[places[prompt] for prompt in prompts]]
+    return features, bundle.text_encoder.encode([negative])
 
 
 def _label_conditions(

@@ -69,25 +69,24 @@ class Scratch:
 
     def between(self, name: str) -> str | None:
         """The name, for a layer's result that goes to the next layer alone; None where that has memory of its own."""
-        return name if self.between_layers and not torch.compiler.is_compiling() else None
+        return name if self._reaches_between() else None
 
-    def of_norm(self, base: Tensor, total: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Places for x, u and m of an `add_norm`: of x and u one of two, in turns, for the next norm reads these."""
-        if not self.between_layers or torch.compiler.is_compiling():
+    def of_norm(self, base: Tensor, total: torch.dtype | None = None) -> tuple[Tensor | None, ...] | None:
+        """Places for x, u and m of an `add_norm`: of x and u one of two, in turns, for the next norm reads these.
+
+        Without a total it is the last one, which gives u alone.
+        """
+        if not self._reaches_between():
             return None
+        tokens = self._take("tokens", base.shape, base)
+        if total is None:
+            return None, tokens, None
         self._norms += 1
-        turn = self._norms % 2
-        return (
-            self._take(f"residual {turn}", base.shape, base, total),
-            self._take(f"normed {turn}", base.shape, base),
-            self._take("tokens", base.shape, base),
-        )
+        residual, normed = (f"{name} {self._norms % 2}" for name in ("residual", "normed"))
+        return self._take(residual, base.shape, base, total), self._take(normed, base.shape, base), tokens
 
-    def of_last_norm(self, base: Tensor) -> tuple[None, Tensor, None] | None:
-        """The same for one that gives u alone, which no norm reads."""
-        if not self.between_layers or torch.compiler.is_compiling():
-            return None
-        return None, self._take("tokens", base.shape, base), None
+    def _reaches_between(self) -> bool:
+        return self.between_layers and not torch.compiler.is_compiling()  # a part of a model alone
 
     def _take(
         self, name: str | None, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None

@@ -272,7 +272,8 @@ def solve_sde(
     t1 = t1 if t1 is not None else 1.0 if last_step is None else 1 - last_step_size
     grid = _time_grid(steps, t0, t1, times)
     t1 = grid[-1]
-    _check_ends(grid[0], t1, 0.0 if (last_step or "tweedie").lower() == "tweedie" else last_step_size)
+    goes_on = last_step is not None and last_step.lower() != "tweedie"
+    _check_ends(grid[0], t1, last_step_size if goes_on else 0.0)
     f, x = _field(velocity, x0), _wide(x0)
     weights = dict(zip(grid, _drift_weights(diffusion, grid, path, norm), strict=True))
     w = diffusion_coefficient(diffusion, torch.tensor(grid[:-1], dtype=torch.float64), path, norm).tolist()

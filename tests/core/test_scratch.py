@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from zigma import scratch as scratch_module
+from zigma.block import is_private
 from zigma.config import ZigMaConfig
 from zigma.mixer import is_plain
 from zigma.model import ZigMa
@@ -173,11 +174,11 @@ def test_a_layer_of_another_kind_is_not_private():
         pass
 
     model, _ = model_and_inputs("text")
-    assert all(block.is_private() for block in model.blocks)
+    assert all(is_private(block) for block in model.blocks)
     model.blocks[1].mixer.in_proj = Other(16, 64)
     model.blocks[2].msa.to_q = Other(16, 512)
     model.blocks[3].mixer = torch.nn.Identity()
-    assert [block.is_private() for block in model.blocks] == [True, False, False, False]
+    assert [is_private(block) for block in model.blocks] == [True, False, False, False]
 
 
 @torch.no_grad()

@@ -191,12 +191,9 @@ def _conv_args(x, weight, bias, order, out, d_out, d_x, d_weight, d_bias) -> byt
     )  # fmt: skip
 
 
-def norm_forward(
-    base, mix, gate, residual, weight, bias, shift, scale, gather, eps, layer_norm, total, keep_norm
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def norm_forward(*arguments) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Arguments and results as in `stream.add_norm`."""
-    rest = (mix, gate, residual, weight, bias, shift, scale, gather, eps, layer_norm, total, keep_norm)
-    return norm_into((None, None, None), base, *rest)
+    return norm_into((None, None, None), *arguments)
 
 
 def norm_into(

@@ -56,25 +56,22 @@ INLINE void convolve_unit(int64_t width, int64_t dtype, const conv_job *job, con
     const zs_conv_args *a = job->args;
     const float *weight = job->weight_packed + first, *bias = job->bias_packed + first;
     const int64_t *in = at->in + width - 1, padded = job->padded, steps = at->steps;
-    const int64_t from_type = dtype == MIXED ? a->x.dtype : dtype, to_type = dtype == MIXED ? a->out.dtype : dtype;
-    const int64_t size = from_type == ZS_F32 ? 4 : 2;
+    const int64_t size = (dtype == MIXED ? a->x.dtype : dtype) == ZS_F32 ? 4 : 2;
     memcpy(rows->x, before, (size_t)(width - 1) * sizeof rows->x[0]);
     for (int64_t k = 0; k < steps; k++) {
         const int64_t later = k + CONV_AHEAD - steps;
         const char *ahead = later < 0 ? address(&a->x, batch, in[k + CONV_AHEAD], first)
                                       : address(&a->x, batch, in[min64(later, steps - 1)], next);
-        const void *from = address(&a->x, batch, in[k], first);
-        void *to = (void *)address(&a->out, batch, at->out[k], first);
+        const int64_t from = row_offset(&a->x, batch, in[k]) + first, to = row_offset(&a->out, batch, at->out[k]) + first;
         for (int64_t c = 0; c < channels; c += LANES) {
-            const int64_t count = dtype == MIXED ? channels - c : LANES;
-            vec x = vload_row(from, from_type, c, count);
+            vec x = load_known(dtype, &a->x, from + c, channels - c);
             vec sum = vload(bias + c);
             vprefetch(ahead + c * size);
             vstore(rows->x[k + width - 1] + c, x);
             for (int64_t j = 0; j < width - 1; j++)
                 sum = vfma(vload(rows->x[k + j] + c), vload(weight + j * padded + c), sum);
             sum = vfma(x, vload(weight + (width - 1) * padded + c), sum);
-            vstore_row(to, to_type, c, count, vsilu(sum, vexp_minus(sum)));
+            store_known(dtype, &a->out, to + c, channels - c, vsilu(sum, vexp_minus(sum)));
         }
     }
     memcpy(before, rows->x + at->steps, (size_t)(width - 1) * sizeof rows->x[0]);

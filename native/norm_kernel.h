@@ -13,37 +13,34 @@ INLINE float sum_lanes(vec x) {
     return lanes[0];
 }
 
-/* A vector of the c-th channel on. dtype: of the rows, all in whole vectors, or MIXED; known to the compiler. */
-INLINE vec load_of_row(int64_t dtype, const zs_rows *t, int64_t offset, int64_t count) {
-    return dtype == MIXED ? vload_row(t->data, t->dtype, offset, count) : vload_row(t->data, dtype, offset, LANES);
-}
-INLINE void store_of_row(int64_t dtype, const zs_rows *t, int64_t offset, int64_t count, vec x) {
-    if (dtype == MIXED)
-        vstore_row(t->data, t->dtype, offset, count, x);
-    else
-        vstore_row(t->data, dtype, offset, LANES, x);
+/* The row after this one, to be asked for; the base's in place of what is not there. */
+typedef struct {
+    const char *start;
+    int64_t size; /* of an element */
+} row_ahead;
+
+INLINE row_ahead look_for(const zs_norm_args *a, const zs_rows *t, int64_t batch, int64_t next) {
+    const zs_rows *there = t->data ? t : &a->base;
+    return (row_ahead){address(there, batch, next, 0), there->dtype == ZS_F32 ? 4 : 2};
 }
 
 /* x = base + gate mix + residual, into `x` (padded with zeros) and out.total; returns the sum of x. dtype: of base, mix
- * and gate, as above; the residual and the total have their own. */
+ * and gate, as load_known takes it; the residual and the total have their own. */
 INLINE float add_row(int64_t dtype, const zs_norm_args *a, int64_t batch, int64_t from, int64_t to, int64_t next,
                      float *x) {
     const int64_t base = row_offset(&a->base, batch, from), total = row_offset(&a->total, batch, to);
     const int64_t mix = row_offset(&a->mix, batch, from), residual = row_offset(&a->residual, batch, from);
     const int64_t gate = row_offset(&a->gate, batch, 0);
-    const char *next_base = address(&a->base, batch, next, 0), *next_mix = address(&a->mix, batch, next, 0);
-    const char *next_residual = address(&a->residual, batch, next, 0);
-    const int64_t size = a->base.dtype == ZS_F32 ? 4 : 2;
+    const row_ahead ahead[3] = {look_for(a, &a->base, batch, next), look_for(a, &a->mix, batch, next),
+                                look_for(a, &a->residual, batch, next)};
     vec sum = vset(0.0f);
     for (int64_t c = 0; c < a->width; c += LANES) {
         const int64_t count = dtype == MIXED ? a->width - c : LANES;
-        vprefetch(next_base + c * size);
-        vprefetch(next_mix + c * size);
-        vprefetch(next_residual + c * 4);
-        vec v = load_of_row(dtype, &a->base, base + c, count);
+        for (int i = 0; i < 3; i++) vprefetch(ahead[i].start + c * ahead[i].size);
+        vec v = load_known(dtype, &a->base, base + c, count);
         if (a->mix.data) {
-            vec m = load_of_row(dtype, &a->mix, mix + c, count);
-            v = a->gate.data ? vfma(load_of_row(dtype, &a->gate, gate + c, count), m, v) : v + m;
+            vec m = load_known(dtype, &a->mix, mix + c, count);
+            v = a->gate.data ? vfma(load_known(dtype, &a->gate, gate + c, count), m, v) : v + m;
         }
         if (a->residual.data) v = v + vload_row(a->residual.data, a->residual.dtype, residual + c, count);
         vstore(x + c, v);
@@ -86,11 +83,11 @@ INLINE void norm_row(int64_t dtype, const zs_norm_args *a, int64_t batch, int64_
         vec u = (vload(x + c) - vset(mean)) * vset(scale);
         if (a->weight) u = u * vload_row(a->weight, ZS_F32, c, count);
         if (a->bias) u = u + vload_row(a->bias, ZS_F32, c, count);
-        if (a->normed.data) store_of_row(dtype, &a->normed, normed + c, count, u);
+        if (a->normed.data) store_known(dtype, &a->normed, normed + c, count, u);
         if (!a->modulated.data) continue;
-        u = vfma(u, load_of_row(dtype, &a->scale, by + c, count), u);
-        u = u + load_of_row(dtype, &a->shift, shift + c, count);
-        store_of_row(dtype, &a->modulated, modulated + c, count, u);
+        u = vfma(u, load_known(dtype, &a->scale, by + c, count), u);
+        u = u + load_known(dtype, &a->shift, shift + c, count);
+        store_known(dtype, &a->modulated, modulated + c, count, u);
     }
 }
 

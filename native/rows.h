@@ -60,15 +60,12 @@ static int64_t dtype_of_all(const zs_rows *const *rows, int64_t count) {
     return dtype;
 }
 
-/* One vector of channels of one row. dtype: as above, and then the vector is whole. */
-INLINE vec load_step(int64_t dtype, const zs_rows *t, int64_t batch, int64_t row, int64_t channel, int64_t count) {
-    const int64_t offset = row_offset(t, batch, row) + channel;
+/* One vector of a row, `offset` elements from the first. dtype: as above, known to the compiler; then it is whole. */
+INLINE vec load_known(int64_t dtype, const zs_rows *t, int64_t offset, int64_t count) {
     return dtype == MIXED ? vload_row(t->data, t->dtype, offset, count) : vload_row(t->data, dtype, offset, LANES);
 }
 
-INLINE void store_step(int64_t dtype, const zs_rows *t, int64_t batch, int64_t row, int64_t channel, int64_t count,
-                       vec x) {
-    const int64_t offset = row_offset(t, batch, row) + channel;
+INLINE void store_known(int64_t dtype, const zs_rows *t, int64_t offset, int64_t count, vec x) {
     if (dtype == MIXED)
         vstore_row(t->data, t->dtype, offset, count, x);
     else

@@ -150,7 +150,7 @@ INLINE void open_vectors(int64_t dtype, int64_t group, const scan_job *job, cons
 #pragma GCC unroll 8
     for (int64_t i = 0; i < group; i++) {
         const int64_t channel = first + (v + i) * LANES, count = a->channels - channel;
-        t[i] = load_step(dtype, &a->delta, p->batch, p->in[k], channel, count) + vload(w->bias[v + i]);
+        t[i] = load_known(dtype, &a->delta, row_offset(&a->delta, p->batch, p->in[k]) + channel, count) + vload(w->bias[v + i]);
     }
     if (a->delta_softplus) {
 #pragma GCC unroll 8
@@ -161,7 +161,7 @@ INLINE void open_vectors(int64_t dtype, int64_t group, const scan_job *job, cons
 #pragma GCC unroll 8
     for (int64_t i = 0; i < group; i++) {
         const int64_t channel = first + (v + i) * LANES, count = a->channels - channel;
-        vec u = load_step(dtype, &a->u, p->batch, p->in[k], channel, count);
+        vec u = load_known(dtype, &a->u, row_offset(&a->u, p->batch, p->in[k]) + channel, count);
         vstore(w->dt[v + i] + k * LANES, t[i]);
         vstore(w->dtu[v + i] + k * LANES, t[i] * u);
         vstore(w->y[v + i] + k * LANES, vload(w->D[v + i]) * u);
@@ -179,7 +179,7 @@ INLINE void close_vectors(int64_t dtype, int64_t group, const scan_job *job, con
 #pragma GCC unroll 8
         for (int64_t i = 0; i < group; i++) {
             const int64_t channel = first + (v + i) * LANES, count = a->channels - channel;
-            z[i] = load_step(dtype, &a->z, p->batch, p->out[k], channel, count);
+            z[i] = load_known(dtype, &a->z, row_offset(&a->z, p->batch, p->out[k]) + channel, count);
         }
 #pragma GCC unroll 8
         for (int64_t i = 0; i < group; i++) e[i] = vexp_minus(z[i]);
@@ -189,26 +189,40 @@ INLINE void close_vectors(int64_t dtype, int64_t group, const scan_job *job, con
 #pragma GCC unroll 8
     for (int64_t i = 0; i < group; i++) {
         const int64_t channel = first + (v + i) * LANES, count = a->channels - channel;
-        store_step(dtype, &a->out, p->batch, p->out[k], channel, count, y[i]);
+        store_known(dtype, &a->out, row_offset(&a->out, p->batch, p->out[k]) + channel, count, y[i]);
     }
 }
 
-INLINE void open_unit(int64_t dtype, const scan_job *job, const place *p, int64_t first, int64_t vectors,
-                      forward_steps *w) {
-    for (int64_t k = 0; k < p->steps; k++) {
-        int64_t v = 0;
-        for (; v + GROUP <= vectors; v += GROUP) open_vectors(dtype, GROUP, job, p, k, first, v, w);
-        for (; v < vectors; v++) open_vectors(dtype, 1, job, p, k, first, v, w);
-    }
+/* What is done with the vectors of a unit step by step: before its recurrence, or after. */
+typedef enum { OPEN, CLOSE } side;
+
+INLINE void pass_vectors(side which, int64_t dtype, int64_t group, const scan_job *job, const place *p, int64_t k,
+                         int64_t first, int64_t v, forward_steps *w) {
+    if (which == OPEN)
+        open_vectors(dtype, group, job, p, k, first, v, w);
+    else
+        close_vectors(dtype, group, job, p, k, first, v, w);
 }
 
-INLINE void close_unit(int64_t dtype, const scan_job *job, const place *p, int64_t first, int64_t vectors,
+INLINE void pass_steps(side which, int64_t dtype, const scan_job *job, const place *p, int64_t first, int64_t vectors,
                        forward_steps *w) {
     for (int64_t k = 0; k < p->steps; k++) {
         int64_t v = 0;
-        for (; v + GROUP <= vectors; v += GROUP) close_vectors(dtype, GROUP, job, p, k, first, v, w);
-        for (; v < vectors; v++) close_vectors(dtype, 1, job, p, k, first, v, w);
+        for (; v + GROUP <= vectors; v += GROUP) pass_vectors(which, dtype, GROUP, job, p, k, first, v, w);
+        for (; v < vectors; v++) pass_vectors(which, dtype, 1, job, p, k, first, v, w);
     }
+}
+
+/* Units of float and of bfloat16 have a compilation each, for so many vectors as most have: no question and no loop at
+ * every step. */
+INLINE void pass_unit(side which, int64_t dtype, const scan_job *job, const place *p, int64_t first, int64_t vectors,
+                      forward_steps *w) {
+    if (dtype == ZS_F32 && vectors == VECTORS)
+        pass_steps(which, ZS_F32, job, p, first, VECTORS, w);
+    else if (dtype == ZS_BF16 && vectors == VECTORS)
+        pass_steps(which, ZS_BF16, job, p, first, VECTORS, w);
+    else
+        pass_steps(which, MIXED, job, p, first, vectors, w);
 }
 
 static void forward_states(const scan_job *job, const place *p, int64_t channel, const float *B, const float *C,
@@ -228,28 +242,6 @@ static void forward_states(const scan_job *job, const place *p, int64_t channel,
     }
 }
 
-/* Units of float and of bfloat16 have a compilation each, for so many vectors as most have: no question and no loop at
- * every step. */
-INLINE void open_any_unit(int64_t dtype, const scan_job *job, const place *p, int64_t first, int64_t vectors,
-                          forward_steps *w) {
-    if (dtype == ZS_F32 && vectors == VECTORS)
-        open_unit(ZS_F32, job, p, first, VECTORS, w);
-    else if (dtype == ZS_BF16 && vectors == VECTORS)
-        open_unit(ZS_BF16, job, p, first, VECTORS, w);
-    else
-        open_unit(MIXED, job, p, first, vectors, w);
-}
-
-INLINE void close_any_unit(int64_t dtype, const scan_job *job, const place *p, int64_t first, int64_t vectors,
-                           forward_steps *w) {
-    if (dtype == ZS_F32 && vectors == VECTORS)
-        close_unit(ZS_F32, job, p, first, VECTORS, w);
-    else if (dtype == ZS_BF16 && vectors == VECTORS)
-        close_unit(ZS_BF16, job, p, first, VECTORS, w);
-    else
-        close_unit(MIXED, job, p, first, vectors, w);
-}
-
 /* dtype: of all rows, or MIXED; also where the last vector is not whole. */
 static void forward_unit(const scan_job *job, const place *p, int64_t first, int64_t vectors, int64_t dtype,
                          const float *B, const float *C, float *state, forward_steps *w) {
@@ -260,11 +252,11 @@ static void forward_unit(const scan_job *job, const place *p, int64_t first, int
         vstore(w->bias[v], load_channels(a->delta_bias, channel, a->channels - channel));
         vstore(w->D[v], load_channels(a->D, channel, a->channels - channel));
     }
-    open_any_unit(dtype, job, p, first, vectors, w);
+    pass_unit(OPEN, dtype, job, p, first, vectors, w);
     for (int64_t v = 0; v < vectors; v++)
         forward_states(job, p, first + v * LANES, B, C, state + v * LANES * job->states, w->dt[v], w->dtu[v], w->y[v],
                        w->decays, &w->next, v * LANES * size);
-    close_any_unit(dtype, job, p, first, vectors, w);
+    pass_unit(CLOSE, dtype, job, p, first, vectors, w);
 }
 
 static int64_t checkpoint_offset(const scan_job *job, int64_t batch, int64_t chunk, int64_t channel) {

@@ -6,10 +6,13 @@ TORCH ?= torch==2.13.0
 PROMPT ?=
 OUTPUT ?= output/demo.png
 ARGS ?=
+# Processes that share the tests; 0: this one alone, as a debugger wants it.
+WORKERS ?= auto
 DATA ?=
 
 VENV := .venv
 PY := $(VENV)/bin/python
+SPREAD = --numprocesses $(WORKERS) --maxprocesses 4 --dist loadfile
 export PROMPT COMFYUI_PATH COMFYUI_PYTHON
 
 .PHONY: help demo test lint bench native comfyui test-host clean
@@ -38,7 +41,7 @@ demo: $(VENV)/ready
 	@$(PY) -m zigma demo --output '$(OUTPUT)' $(if $(PROMPT),--prompt "$$PROMPT")
 
 test: lint
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest $(SPREAD) $(ARGS)
 
 lint: $(VENV)/ready
 	@$(PY) -m ruff check .
@@ -54,7 +57,7 @@ comfyui: $(VENV)/ready
 	@$(PY) workflows/run.py $(ARGS)
 
 test-host: $(VENV)/ready
-	@$(PY) -m pytest tests/host -rs $(ARGS)
+	@$(PY) -m pytest tests/host -rs $(SPREAD) $(ARGS)
 
 clean:
 	rm -rf $(VENV) output build .pytest_cache .ruff_cache .hypothesis *.egg-info

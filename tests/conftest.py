@@ -13,6 +13,8 @@ import pytest
 
 # Before torch loads its OpenMP: threads that spin for each other take ten times as long beside another busy process.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # which share the processors, and so do their hosts
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -28,6 +30,23 @@ def _load_zigma() -> None:
 
 
 _load_zigma()
+
+
+@pytest.hookimpl(optionalhook=True)  # there may be no xdist
+def pytest_xdist_make_scheduler(config, log):
+    """With several workers a file stays with one of them, and so does a host: what their tests set up, once."""
+    from found_hosts import FOUND
+    from xdist.scheduler import LoadScopeScheduling
+
+    hosts = sorted((path.name for path in FOUND), key=len, reverse=True)  # one name may begin with another
+
+    class ByFileOrHost(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, test = nodeid.partition("::")
+            arguments = test.partition("[")[2] if "/host/" in file else ""
+            return next((name for name in hosts if arguments.startswith((f"{name}-", f"{name}]"))), file)
+
+    return ByFileOrHost(config, log)
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

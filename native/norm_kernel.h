@@ -40,7 +40,10 @@ INLINE float add_row(int64_t dtype, const zs_norm_args *a, int64_t batch, int64_
         vec v = load_known(dtype, &a->base, base + c, count);
         if (a->mix.data) {
             vec m = load_known(dtype, &a->mix, mix + c, count);
-            v = a->gate.data ? vfma(load_known(dtype, &a->gate, gate + c, count), m, v) : v + m;
+            if (a->gate.data)
+                v = vfma(load_known(dtype, &a->gate, gate + c, count), m, v);
+            else
+                v = v + m;
         }
         if (a->residual.data) v = v + vload_row(a->residual.data, a->residual.dtype, residual + c, count);
         vstore(x + c, v);

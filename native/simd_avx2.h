@@ -62,12 +62,14 @@ INLINE vec vexp2(vec x) {
 /* The same with one instruction less, and they are what a scan waits for. 2^r = c ((s^2 + d) s + e), s = r + b: the
  * cubic without its square term. b should be 1/log(2) = 1.443, but 1.5 is a multiple of 1/8, so that the subtraction
  * that gave f gives f - b; c is in the table. Fitted with b = 1.5 for the least relative error (1.5e-7) and exactly 1
- * at 0. Off by at most 3e-7 beside 1, for s, of a fixed magnitude, loses something too; vexp2_product by 7e-8. */
+ * at 0. Off by at most 3e-7 beside 1, for s, of a fixed magnitude, loses something too; vexp2_product by 7e-8. And a b
+ * is rounded, to 6e-8 of its size: then one product is a multiplication, and sums are what an AMD processor has units of
+ * their own for, beside those that multiply; nor does a sum write over an operand that has to be copied before. */
 INLINE vec vdecay(vec a, vec b) {
     const __m256 table = _mm256_castsi256_ps(_mm256_setr_epi32(0x3d5ab14b, 0x3d5e7c65, 0x3d62090e, 0x3d5dcdf9, 0x3d5aa395,
                                                                0x3d58a290, 0x3d57e5d5, 0x3d588abd));
     const vec shift = vset(1572864.0f);
-    vec sum = vfma(a, b, shift), s = _mm256_fmsub_ps(a, b, sum - vset(1572864.0f + 1.5f));
+    vec x = a * b, sum = x + shift, s = x - (sum - vset(1572864.0f + 1.5f));
     __m256i bits = _mm256_castps_si256(sum);
     __m256i mantissa = _mm256_castps_si256(_mm256_permutevar8x32_ps(table, bits));
     vec power = _mm256_castsi256_ps(_mm256_add_epi32(mantissa, _mm256_slli_epi32(bits, 20)));

@@ -6,7 +6,9 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import re
+import shutil
 import struct
+import subprocess
 import sys
 from pathlib import Path
 
@@ -208,6 +210,15 @@ def test_the_committed_library_is_what_the_source_builds(build, compiler, tmp_pa
     assert (tmp_path / target.library).read_bytes() == (FOLDER / target.library).read_bytes(), (
         "native/ has changed: run `python native/build.py` and commit the result"
     )
+
+
+@pytest.mark.parametrize("name", ["gcc", "clang"])
+def test_another_compiler_takes_the_source(build, name):
+    """That of --compiler, for experiments: without a warning, in C as it understands it."""
+    if build.host_target() != "linux-x86_64" or shutil.which(name) is None:
+        pytest.skip(f"NOT TESTED: compiling native/ with {name}, which is not here")
+    for _, source, flags in build.TARGETS["linux-x86_64"].units:
+        subprocess.run([name, *build.COMMON, *flags, "-fsyntax-only", source], cwd=build.HERE, check=True)
 
 
 def test_the_library_computes_what_plain_loops_do(build, compiler):

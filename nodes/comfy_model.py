@@ -15,6 +15,7 @@ import functools
 import logging
 
 import comfy.latent_formats
+import comfy.ldm.common_dit
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
@@ -89,13 +90,15 @@ class HostZigMa(ZigMa):
         if NO_NULL in conditions:
             self._without_null(conditions[NO_NULL])
         t = (1 - timestep.float()).expand(len(x))
-        video = self.config.video_frames > 0
+        video, p, (height, width) = self.config.video_frames > 0, self.config.patch_size, x.shape[-2:]
+        # A condition's area may be of any size, and comes as a latent of its own; the rest of a token is then cut off.
+        x = comfy.ldm.common_dit.pad_to_patch_size(x, (1, p, p) if video else (p, p))
         x = x.transpose(1, 2) if video else x
         schedule = transformer_options.get(SCAN_ORDERS)
         orders = None if schedule is None else self._scheduled(schedule, x)
         y = self._condition(x, t, context) if self.config.has_text else conditions.get(LABELS)
         predict = functools.partial(super().forward, y=y, token_orders=orders)
-        v = linear_velocity(predict, *self._flow)(x, t)
+        v = linear_velocity(predict, *self._flow)(x, t)[..., :height, :width]
         return -(v.transpose(1, 2) if video else v)
 
     def _without_null(self, sentence: str) -> None:

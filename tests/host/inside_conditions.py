@@ -215,3 +215,20 @@ def check_no_condition_draws_what_the_command_line_draws_and_refuses_others(pack
     close(picture, command_line(pack, name="unconditional.safetensors", prompt=None, guidance=1.0), 1e-4)
     refused(lambda: node.execute(loaded(pack)[0]), "ZigMa Text Conditioning in place of this node")
     refused(lambda: node.execute(loaded(pack, "class.safetensors")[0]), "ZigMa Label Conditioning in place")
+
+
+def check_an_area_need_not_be_of_whole_tokens(pack):
+    """Padded as the host pads for its own models, and what does not belong to it cut off."""
+    for name, lengths in (("tiny.safetensors", ()), ("video.safetensors", (3,))):
+        model, clip, _ = loaded(pack, name)
+        red, fox, none = (encode(clip, text) for text in ("red", "fox", ""))
+        areas = stock.ConditioningSetArea().append(red, 40, 24, 0, 0, 1.0)[0] + fox  # 3 rows, 5 columns; patches of 2
+        latent = empty(pack, model)
+        drawn = ksampler(model, areas, none, latent)["samples"]
+        assert drawn.shape == latent["samples"].shape and drawn.isfinite().all()
+        assert not torch.allclose(drawn, ksampler(model, fox, none, latent)["samples"], atol=1e-3)
+        network, x = model.model.diffusion_model, torch.randn(2, 4, *lengths, 3, 5)
+        whole = torch.cat([x, x[..., :1, :]], dim=-2)
+        whole = torch.cat([whole, whole[..., :1]], dim=-1)
+        sigma, context = torch.tensor([0.3, 0.7]), red[0][0].expand(2, -1, -1)
+        close(network(x, sigma, context), network(whole, sigma, context)[..., :3, :5])

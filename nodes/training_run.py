@@ -54,6 +54,7 @@ __all__ = ["METHODS", "Finished", "TrainingData", "base_of", "folder_of", "setti
 
 log = logging.getLogger(__name__)
 
+LONGEST_NAME = 255  # bytes, of a folder on the file systems that people have
 METHODS = ("lora", "lokr", "full")
 BASE, BASE_DIGEST = "base.safetensors", "zigma.run_base"
 PREVIEW = 768  # pixels of a sheet's longer side, in the node
@@ -100,6 +101,8 @@ def folder_of(run_name: str) -> Path:
     name = run_name.strip()
     if not name or re.search(r'[\\/:*?"<>|\x00-\x1f]', name) or not name.strip("."):
         raise ValueError(f"give run_name a plain name for a folder, such as my_style: got {run_name!r}")
+    if len(name.encode()) > LONGEST_NAME:
+        raise ValueError(f"give run_name a shorter name: got {len(name)} characters, and {LONGEST_NAME} bytes fit")
     return Path(folder_paths.get_output_directory()) / "zigma_training" / name
 
 

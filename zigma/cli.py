@@ -106,7 +106,7 @@ def _parser() -> Parser:
         "--output", type=Path, required=True,
         help="out.png; several become out-1.png, out-2.png; a video's end in .webp or .mp4",
     )  # fmt: skip
-    draw.add_argument("--fps", type=_positive, default=8, help="frames a second of a video (default: %(default)s)")
+    draw.add_argument("--fps", type=_positive, help="frames a second of a video (default: 8)")
     draw.add_argument("--sheet", action="store_true", help="write one labelled sheet instead of single pictures")
     _add_sampling(draw, count=1).add_argument("--upscale", **upscale)
     _add_file(draw)
@@ -226,6 +226,8 @@ def sample_command(options: argparse.Namespace) -> None:
     _complete(bundle, options)
     if options.label is not None and bundle.model.config.conditioning != "class":
         raise UserError(f"got --label {options.label[0]}, but this is no class model: leave it out, or use --prompt")
+    if options.fps is not None and (options.sheet or not bundle.model.config.video_frames):
+        raise UserError(f"got --fps {options.fps}, but no video is written: leave it out")
     prompts: Any = options.label if options.prompt is None else options.prompt
     names: list[Any] = prompts or [""]
     if options.features is not None:
@@ -252,7 +254,8 @@ def sample_command(options: argparse.Namespace) -> None:
         path = options.output
         if len(pictures) > 1:
             path = path.with_name(f"{path.stem}-{number:0{width}d}{path.suffix}")
-        print(save_animation(picture, path, options.fps) if isinstance(picture, list) else save_picture(picture, path))
+        video = isinstance(picture, list)
+        print(save_animation(picture, path, options.fps or 8) if video else save_picture(picture, path))
 
 
 def _complete(bundle: Bundle, options: argparse.Namespace) -> None:

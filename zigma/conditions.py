@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
+from numbers import Integral
 
 from .config import ZigMaConfig
 
@@ -89,9 +90,9 @@ class ConditionFacts:
             if not text.isdecimal():
                 raise ValueError(f"choose another label: none is called {text!r}; {self._offered(num_classes)}")
             which = int(text)
-        if isinstance(which, bool) or not isinstance(which, int) or not 0 <= which < num_classes:
+        if isinstance(which, bool) or not isinstance(which, Integral) or not 0 <= which < num_classes:
             raise ValueError(f"choose another label: got {which!r}, but {self._offered(num_classes)}")
-        return which
+        return int(which)
 
     def labels(self, text: str, num_classes: int) -> list[int]:
         """The labels of "fox", "3" or "3, owl, 7": numbers and names, separated by commas or lines.

@@ -289,6 +289,8 @@ class ZigMa(nn.Module):
                 f"got latents of shape {tuple(x.shape)}, expected ({', '.join(axes)}, height, width) with sides "
                 f"divisible by the patch size {p}"
             )
+        if 0 in x.shape[1:]:
+            raise ValueError(f"got latents of shape {tuple(x.shape)}, expected at least one token and one frame")
         if t.shape != x.shape[:1]:
             raise ValueError(f"got times of shape {tuple(t.shape)}, expected one for each of {len(x)} latents")
         if isinstance(y, Condition):

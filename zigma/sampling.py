@@ -80,9 +80,9 @@ def sample(
 
     Args:
         bundle: what `load_bundle` returns.
-        prompts: texts for a text model, or their features (n, tokens, width); labels for a class model, or their names
-            if its file has them; None for a model without conditions. Guidance needs a null condition, which
-            `bundle.condition` tells of; no released model was trained on one.
+        prompts: texts for a text model, or their features (n, tokens, width); labels for a class model, a list or
+            (n,), or their names if its file has them; None for a model without conditions. Guidance needs a null
+            condition, which `bundle.condition` tells of; no released model was trained on one.
         count: pictures for each prompt.
         seed: of the noise, the same for every prompt.
         settings: None takes those that the file recommends.
@@ -180,6 +180,8 @@ def _conditions(
         if guidance != 1:
             raise ValueError(f"got guidance {guidance:g}, but this model takes no condition to guide by: set it to 1")
         return None, None
+    if config.conditioning == "class" and hasattr(prompts, "tolist"):  # labels (n,) of numpy or torch
+        prompts = prompts.tolist() if prompts.ndim == 1 else prompts
     if isinstance(prompts, torch.Tensor):
         if not config.has_text or prompts.dim() != 3 or prompts.shape[2] != config.d_context:
             raise ValueError(

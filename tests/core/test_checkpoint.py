@@ -95,6 +95,8 @@ def test_half_precision_is_kept_in_the_file_and_widened_on_loading(path, tmp_pat
     loaded = load_checkpoint(path, dtype=torch.bfloat16)
     rest = {p.dtype for name, p in loaded.named_parameters() if name.rpartition(".")[2] not in FLOAT32_PARAMETERS}
     assert rest == {torch.bfloat16}
+    with pytest.raises(ValueError, match="got the dtype 'bfloat16', expected one of torch's"):
+        load_checkpoint(path, dtype="bfloat16")
 
 
 def test_the_latent_format_is_undone():

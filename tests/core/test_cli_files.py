@@ -101,6 +101,8 @@ def test_a_state_dict_and_a_published_yaml_make_a_model(tmp_path, capsys):
         (["sample", "--model", "{video}", "--output", "{tmp}/a.png"], "ends in .webp, .mp4"),
         (["sample", "--model", "{text}", "--features", "{tmp}/f.npy", "--output", "{tmp}/a.png"], "f.npy"),
         (["sample", "--model", "{text}", "--prompt", "a", "--output", "{tmp}/a.png"], "--clip"),
+        (["sample", "--fps", "5", "--output", "{tmp}/a.png"], "got --fps 5, but no video is written"),
+        (["sample", "--model", "{video}", "--fps", "5", "--sheet", "--output", "{tmp}/a.png"], "no video is written"),
     ],
 )
 def test_mistakes_get_a_sentence(root, tmp_path, capsys, arguments, sentence):

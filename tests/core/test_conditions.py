@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -154,7 +155,7 @@ def test_guidance_leads_away_from_the_stated_null_label(tmp_path):
         v, null = (network(x, t, torch.tensor([label])) for label in (2, 5))
         x = x + (null + 3 * (v - null)) / 2
     expected = bundle.autoencoder.decode(bundle.latent.to_vae(x))
-    for prompts in ([2], ["2"], ["Tench, tinca TINCA"]):
+    for prompts in ([2], ["2"], ["Tench, tinca TINCA"], torch.tensor([2]), np.array([2]), [np.int64(2)]):
         torch.testing.assert_close(sample(bundle, prompts, settings=GUIDED), expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(
         sample(bundle, [5], settings=GUIDED), sample(bundle, [5], settings=ONCE), atol=1e-5, rtol=1e-4

@@ -266,6 +266,7 @@ def test_what_a_hook_has_seen_of_the_step_sizes_stays(monkeypatch):
     [
         ("none", {"x": torch.zeros(2, 4, 4, 6)}, r"got latents of shape \(2, 4, 4, 6\), expected \(batch, 3, height"),
         ("none", {"x": torch.zeros(3, 4, 6)}, "got latents of shape"),
+        ("none", {"x": torch.zeros(2, 3, 0, 6)}, r"got latents of shape \(2, 3, 0, 6\), expected at least one token"),
         ("none", {"t": torch.zeros(3)}, r"got times of shape \(3,\), expected one for each of 2"),
         ("text", {"y": None}, r"got text features of none, expected \(2, tokens, 6\)"),
         ("text", {"y": torch.zeros(2, 5, 7)}, r"shape \(2, 5, 7\), expected \(2, tokens, 6\)"),

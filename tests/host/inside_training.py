@@ -317,6 +317,7 @@ def check_mistakes_in_training_are_sentences(pack):
         (lambda: trained(pack, parts, "wrong", batch_size=5), "batch of 5 is larger than the 4"),
         (lambda: trained(pack, parts, "wrong", steps=0), "set steps to 1 or more: got 0"),
         (lambda: trained(pack, parts, "a/b", again=True), "plain name", "'a/b'"),
+        (lambda: trained(pack, parts, "é" * 128, again=True), "shorter name", "128 characters", "255 bytes fit"),
         (lambda: trained(pack, parts, "..", again=True), "plain name"),
         (lambda: trained(pack, (model, clip, None), "wrong"), "connect vae"),
         (lambda: trained(pack, (model, None, vae), "wrong"), "connect clip"),

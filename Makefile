@@ -26,6 +26,7 @@ help:
 	@echo 'make comfyui COMFYUI_PATH=...  run workflows/ in a real ComfyUI and save its pictures'
 	@echo 'make test-host COMFYUI_PATH=...  run the tests that need a real ComfyUI'
 	@echo 'make clean                     remove .venv, output/ and caches'
+	@echo 'WORKERS=0                      one process for the tests; default: one for each processor, up to four'
 	@echo 'PYTHON=... and TORCH=... choose the interpreter and the torch for .venv'
 
 # The stamps are newer than what they were made from, so a changed pyproject.toml installs again.

@@ -59,12 +59,12 @@ INLINE vec vexp2(vec x) {
     return vexp2_product(_mm256_min_ps(vset(127.0f), _mm256_max_ps(vset(-126.0f), x)), vset(1.0f));
 }
 
-/* The same with one instruction less, and they are what a scan waits for. 2^r = c ((s^2 + d) s + e), s = r + b: the
- * cubic without its square term. b should be 1/log(2) = 1.443, but 1.5 is a multiple of 1/8, so that the subtraction
+/* The same with four products in place of six, and they are what a scan waits for. 2^r = c ((s^2 + d) s + e), s = r + b:
+ * the cubic without its square term. b should be 1/log(2) = 1.443, but 1.5 is a multiple of 1/8, so that the subtraction
  * that gave f gives f - b; c is in the table. Fitted with b = 1.5 for the least relative error (1.5e-7) and exactly 1
- * at 0. Off by at most 3e-7 beside 1, for s, of a fixed magnitude, loses something too; vexp2_product by 7e-8. And a b
- * is rounded, to 6e-8 of its size: then one product is a multiplication, and sums are what an AMD processor has units of
- * their own for, beside those that multiply; nor does a sum write over an operand that has to be copied before. */
+ * at 0. Off by at most 3e-7 beside 1, for s, of a fixed magnitude, loses something too; vexp2_product by 7e-8. a b is
+ * rounded, to 6e-8 of its size, and sums are taken from it: an AMD processor adds in units of their own, beside those
+ * that multiply, and a sum does not write over an operand, which a fused product does. */
 INLINE vec vdecay(vec a, vec b) {
     const __m256 table = _mm256_castsi256_ps(_mm256_setr_epi32(0x3d5ab14b, 0x3d5e7c65, 0x3d62090e, 0x3d5dcdf9, 0x3d5aa395,
                                                                0x3d58a290, 0x3d57e5d5, 0x3d588abd));

@@ -74,7 +74,7 @@ class HostZigMa(ZigMa):
     def forward(
         self, x: Tensor, timestep: Tensor, context=None, control=None, transformer_options=None, **conditions
     ) -> Tensor:
-        """x (b, c, [f,] h, w), timestep = sigma (b,), context (b, m, d_context) -> d x / d sigma, as x.
+        """x (b, c, [f,] h, w) of any h and w, timestep = sigma (b,), context (b, m, d_context) -> d x / d sigma.
 
         Among the conditions are the labels (b,) of a class model. Nodes may wrap this call, as they do of the host's
         own models: EasyCache leaves it out.

@@ -350,8 +350,8 @@ def _filled(module: nn.Module, state: dict[str, Tensor], device: torch.device | 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """What `Tensor.to` takes: None leaves a tensor's own."""
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype or torch.float32
     if dtype == "keep":
         return None
-    raise ValueError(f"got the dtype {dtype!r}, expected one of torch's, such as torch.bfloat16, 'keep' or None")
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise ValueError(f"got the dtype {dtype!r}, expected one of torch's, such as torch.bfloat16, 'keep' or None")
+    return dtype or torch.float32

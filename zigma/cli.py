@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 # The imports that bring torch stand in the commands, so that --help and a misspelt option answer at once.
 
+FPS = 8
 DEMO_PROMPTS = (
     "fox face", "panda face", "penguin", "owl", "turtle", "octopus",
     "tiger face", "frog face", "tropical fish", "sunflower", "tulip", "cactus",
@@ -106,7 +107,7 @@ def _parser() -> Parser:
         "--output", type=Path, required=True,
         help="out.png; several become out-1.png, out-2.png; a video's end in .webp or .mp4",
     )  # fmt: skip
-    draw.add_argument("--fps", type=_positive, help="frames a second of a video (default: 8)")
+    draw.add_argument("--fps", type=_positive, help=f"frames a second of a video (default: {FPS})")
     draw.add_argument("--sheet", action="store_true", help="write one labelled sheet instead of single pictures")
     _add_sampling(draw, count=1).add_argument("--upscale", **upscale)
     _add_file(draw)
@@ -255,7 +256,7 @@ def sample_command(options: argparse.Namespace) -> None:
         if len(pictures) > 1:
             path = path.with_name(f"{path.stem}-{number:0{width}d}{path.suffix}")
         video = isinstance(picture, list)
-        print(save_animation(picture, path, options.fps or 8) if video else save_picture(picture, path))
+        print(save_animation(picture, path, options.fps or FPS) if video else save_picture(picture, path))
 
 
 def _complete(bundle: Bundle, options: argparse.Namespace) -> None:

@@ -180,8 +180,8 @@ def _conditions(
         if guidance != 1:
             raise ValueError(f"got guidance {guidance:g}, but this model takes no condition to guide by: set it to 1")
         return None, None
-    if config.conditioning == "class" and hasattr(prompts, "tolist"):  # labels (n,) of numpy or torch
-        prompts = prompts.tolist() if prompts.ndim == 1 else prompts
+    if config.conditioning == "class" and getattr(prompts, "ndim", None) == 1:  # labels of numpy or torch
+        prompts = prompts.tolist()
     if isinstance(prompts, torch.Tensor):
         if not config.has_text or prompts.dim() != 3 or prompts.shape[2] != config.d_context:
             raise ValueError(

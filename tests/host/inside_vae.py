@@ -113,18 +113,18 @@ def check_decoding_frames_is_decoding_each(pack):
 
 def check_tiles_equal_the_whole_picture(pack):
     """But for what a decoder sees beyond its tile: that is little, and nothing where a tile is the picture."""
-    vae, latent = loaded(pack)[2], torch.randn(1, 4, 24, 32)
+    vae, latent = loaded(pack)[2], torch.randn(1, 4, 40, 48)
     whole = decode(pack, vae, latent)
     assert torch.equal(whole, stock.VAEDecode().decode(vae, {"samples": latent})[0])
     spread = (whole - whole.mean()).abs().mean()
-    for tile in (128, 192):
+    for tile in (128, 256):
         tiled = decode(pack, vae, latent, tile=tile)
-        assert tiled.shape == whole.shape == (1, 192, 256, 3)
+        assert tiled.shape == whole.shape == (1, 320, 384, 3)
         assert (tiled - whole).abs().mean() < 0.02 * spread, (tile, (tiled - whole).abs().mean() / spread)
     assert not torch.equal(decode(pack, vae, latent, tile=128), whole)
-    assert torch.equal(decode(pack, vae, latent, tile=256), whole)
-    stock_tiled = stock.VAEDecodeTiled().decode(vae, {"samples": latent}, 128, 32)[0]
-    assert torch.equal(decode(pack, vae, latent, tile=128), stock_tiled)
+    assert torch.equal(decode(pack, vae, latent, tile=384), whole)
+    stock_tiled = stock.VAEDecodeTiled().decode(vae, {"samples": latent}, 256, 64)[0]
+    assert torch.equal(decode(pack, vae, latent, tile=256), stock_tiled)
     refused(lambda: decode(pack, vae, latent, tile=32), "set tile_size to 0, or to 64 or more")
 
 

@@ -94,13 +94,6 @@ class Page:
         script = "([id, name, v]) => { app.graph.getNodeById(id).widgets.find((w) => w.name === name).value = v }"
         self.tab.evaluate(script, [number, name, value])
 
-    def set_widgets(self, values: dict) -> None:
-        """Give every widget of one of these names that value, in all nodes."""
-        script = """(values) => app.graph.nodes.forEach((node) => (node.widgets || []).forEach((widget) => {
-            if (widget.name in values) widget.value = values[widget.name]
-        }))"""
-        self.tab.evaluate(script, values)
-
     def select(self, number: int) -> None:
         """Click on a node's title."""
         script = """(id) => {

@@ -226,7 +226,7 @@ def with_instruction_set(name: str, run: Run) -> Run:
 
 
 def instruction_sets() -> tuple[str, ...]:
-    """Of the native kernel on this CPU, widest first; empty where there is no native kernel."""
+    """Of the native kernel on this CPU, fastest first; empty where there is no native kernel."""
     return () if native.unavailable() is not None else native_library.load().instruction_sets()
 
 

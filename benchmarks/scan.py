@@ -204,7 +204,8 @@ def _forward(l: int, widest: str, options: Options) -> dict[str, float]:
 
 
 def _hold_forward(report: Report, rows: dict[int, dict[str, float]], widest: str) -> None:
-    shares = (("avx512", 0.08, 0.04), ("avx2", 0.15, 0.09))
+    avx512 = "zen4" if widest == "zen4" else "avx512"  # AVX-512 as well, for AMD's processors
+    shares = ((avx512, 0.08, 0.04), ("avx2", 0.15, 0.09))
     for (name, required, aim), kind in itertools.product(shares, (str, in_mixer)):
         for l, row in rows.items():
             if l == 256 and len(rows) > 1:

@@ -39,8 +39,10 @@ COMMON = (
 )
 # (object, source, flags)
 SHARED = tuple((f"{name}.o", f"{name}.c", ()) for name in ("library", "threads", "instruction_sets"))
+AVX512 = ("-march=x86-64-v4", "-mprefer-vector-width=512")
 X86_64 = (
-    ("kernels_avx512.o", "kernels.c", ("-march=x86-64-v4", "-mprefer-vector-width=512", "-DVARIANT=zs_kernels_avx512")),
+    ("kernels_zen4.o", "kernels.c", (*AVX512, "-mavx512bf16", "-DZEN4", "-DVARIANT=zs_kernels_zen4")),
+    ("kernels_avx512.o", "kernels.c", (*AVX512, "-DVARIANT=zs_kernels_avx512")),
     ("kernels_avx2.o", "kernels.c", ("-march=x86-64-v3", "-DVARIANT=zs_kernels_avx2")),
     ("kernels_sse2.o", "kernels.c", ("-march=x86-64", "-DVARIANT=zs_kernels_sse2")),
     *((name, source, ("-march=x86-64",)) for name, source, _ in SHARED),

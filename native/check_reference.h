@@ -73,12 +73,14 @@ static int same_bytes(const tensor *a, const tensor *b) {
     return !a->data || !memcmp(a->data, b->data, (size_t)(a->b * a->l * a->stride * size_of(a)));
 }
 
-static double uniform(void) { /* [0, 1): xorshift */
-    static uint64_t state = 88172645463325252u;
-    state ^= state << 13;
-    state ^= state >> 7;
-    state ^= state << 17;
-    return (double)(state >> 11) * 0x1p-53;
+static uint64_t drawn; /* xorshift's state */
+static void restart_draws(void) { drawn = 88172645463325252u; }
+
+static double uniform(void) { /* [0, 1) */
+    drawn ^= drawn << 13;
+    drawn ^= drawn >> 7;
+    drawn ^= drawn << 17;
+    return (double)(drawn >> 11) * 0x1p-53;
 }
 
 static double normal(void) { return sqrt(-2 * log(1 - uniform())) * cos(6.283185307179586 * uniform()); }

@@ -1,10 +1,15 @@
-/* Vectors of 16 lanes: AVX-512 F, BW, DQ, VL. */
+/* Vectors of 16 lanes: AVX-512 F, BW, DQ, VL; and with ZEN4 defined also BF16, for AMD's processors, which add in units
+ * of their own beside those that multiply. */
 #ifndef ZIGMA_SIMD_AVX512_H
 #define ZIGMA_SIMD_AVX512_H
 
 #include <immintrin.h>
 
+#if defined(ZEN4)
+#define SIMD_NAME "zen4"
+#else
 #define SIMD_NAME "avx512"
+#endif
 #define LANES 16
 #define FORWARD_DECAYS_FIRST 0
 #define BACKWARD_DECAYS_FIRST 0
@@ -29,6 +34,11 @@ INLINE vec vload_bf16(const uint16_t *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)), 16));
 }
 
+#if defined(ZEN4)
+INLINE void vstore_bf16(uint16_t *p, vec x) { /* rounds so by itself */
+    _mm256_storeu_si256((void *)p, (__m256i)_mm512_cvtneps_pbh(x));
+}
+#else
 INLINE void vstore_bf16(uint16_t *p, vec x) { /* round to nearest even; a NaN stays a NaN */
     __m512i bits = _mm512_castps_si512(x);
     __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -37,6 +47,7 @@ INLINE void vstore_bf16(uint16_t *p, vec x) { /* round to nearest even; a NaN st
     rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
     _mm256_storeu_si256((void *)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
 }
+#endif
 
 /* 2^(a b): x = a b = f + r with f a multiple of 1/32, |r| <= 1/64; the fraction of f picks 2^(i/32) from a table in two
  * registers, 2^r = 1 + r (c1 + c2 r) (relative error 5.3e-8), and scalef puts in the integer part, saturating to 0 and
@@ -60,11 +71,30 @@ INLINE vec vexp2_product(vec a, vec b) {
 
 INLINE vec vexp2(vec x) { return vexp2_product(x, vset(1.0f)); }
 
-/* The same with one instruction less, and they are what a scan waits for. 2^r = c ((r + b)^2 + d), b close to 1/log(2):
- * f is f - b from the start, c is in the table. b is no multiple of 1/32, so no constant gives f - b by a subtraction; a
- * factor just below 1 of the whole sum does, exact at f = 0. scalef takes the integer part of f - b, which is one or two
- * less than that of f, as the table knows. Off by what r + b, of a fixed magnitude, loses: at most 2.2e-7 beside 1, where
- * vexp2_product is off by 1e-7. */
+/* The same for factors of a state: 2^r = c ((r + b)^2 + d), b = 1/log(2), with c in the table. Off by what r + b, of a
+ * fixed magnitude, loses: at most 2.2e-7 beside 1, where vexp2_product is off by 1e-7. The exponentials are what a scan
+ * waits for, and on the units that multiply: */
+#if defined(ZEN4)
+/* three operations there in place of five, four additions, and scalef, which is the adders' too. a b is rounded, to 6e-8
+ * of its size. */
+INLINE vec vdecay(vec a, vec b) {
+    const vec table[2] = {
+        _mm512_setr_ps(0.24022731f, 0.2454876f, 0.25086308f, 0.25635627f, 0.26196975f, 0.26770613f, 0.27356812f,
+                       0.27955848f, 0.28568003f, 0.2919356f, 0.29832816f, 0.3048607f, 0.31153628f, 0.31835803f,
+                       0.32532915f, 0.33245295f),
+        _mm512_setr_ps(0.33973274f, 0.3471719f, 0.35477397f, 0.3625425f, 0.37048116f, 0.37859365f, 0.38688377f,
+                       0.3953554f, 0.40401256f, 0.4128593f, 0.42189974f, 0.43113813f, 0.44057882f, 0.45022625f,
+                       0.46008492f, 0.47015947f),
+    };
+    const vec shift = vset(393216.0f); /* as above */
+    vec x = a * b, sum = x + shift, f = sum - shift, root = (x + vset(1.44271171f)) - f;
+    vec power = _mm512_permutex2var_ps(table[0], _mm512_castps_si512(sum), table[1]);
+    return _mm512_scalef_ps(vfma(root, root, vset(2.08130693f)) * power, f);
+}
+#else
+/* one instruction less. f is f - b from the start: b is no multiple of 1/32, so no constant gives f - b by a
+ * subtraction; a factor just below 1 of the whole sum does, exact at f = 0. scalef takes the integer part of f - b, which
+ * is one or two less than that of f, as the table knows. */
 INLINE vec vdecay(vec a, vec b) {
     const vec table[2] = {
         _mm512_setr_ps(0.960909247f, 0.981950402f, 1.0034523f, 1.02542508f, 1.04787898f, 1.0708245f, 1.09427249f,
@@ -80,6 +110,7 @@ INLINE vec vdecay(vec a, vec b) {
     vec root = _mm512_fmsub_ps(a, b, f);
     return _mm512_scalef_ps(vfma(root, root, vset(2.08130693f)) * power, f);
 }
+#endif
 
 INLINE int vall_below(const float *p, int64_t count, vec limit) {
     __mmask16 below = 0xffff;

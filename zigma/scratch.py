@@ -23,6 +23,11 @@ __all__ = ["Scratch"]
 # look at each layer before it is called took 4 % of a step of the demo model.
 WORTH_IT_FROM = 2**20
 
+# A product of bfloat16 of so many rows is taken in pieces of so many columns, whose weights stay in the second-level
+# cache from one group of rows to the next. On a Zen 4 a step takes 1 % less at 4096 rows, 2 to 3 % at 16384. Of fewer
+# rows it gains nothing, and in float32, which is another library's, it loses.
+PIECES_FROM_ROWS, PIECE_COLUMNS = 4096, 1024
+
 
 class Scratch:
     """Named pieces of memory: whoever takes one ends what was in it, so nobody else may have seen that.
@@ -61,10 +66,11 @@ class Scratch:
             return F.linear(x, weight, bias)
         out = place if isinstance(place, Tensor) else self._take(place, (*x.shape[:-1], len(weight)), x)
         rows, results = x.flatten(0, -2), out.view(-1, len(weight))
-        if bias is None:
-            torch.mm(rows, weight.t(), out=results)
-        else:
-            torch.addmm(bias, rows, weight.t(), out=results)
+        for part in _pieces(rows, weight):
+            if bias is None:
+                torch.mm(rows, weight[part].t(), out=results[:, part])
+            else:
+                torch.addmm(bias[part], rows, weight[part].t(), out=results[:, part])
         return out
 
     def between(self, name: str) -> str | None:
@@ -97,3 +103,11 @@ class Scratch:
             if name is not None:
                 self._pieces[name] = piece
         return piece[:size].view(shape)
+
+
+def _pieces(rows: Tensor, weight: Tensor) -> list[slice]:
+    """The columns of the product of rows (k, m) and weight (n, m) that are computed together."""
+    columns = len(weight)
+    if rows.dtype != torch.bfloat16 or len(rows) < PIECES_FROM_ROWS or columns < 2 * PIECE_COLUMNS:
+        return [slice(None)]
+    return [slice(first, first + PIECE_COLUMNS) for first in range(0, columns, PIECE_COLUMNS)]

@@ -72,6 +72,25 @@ def test_a_model_gives_what_it_gives_without(monkeypatch, kind, dtype):
     assert torch.equal(model(*inputs), got)
 
 
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("rows", "columns", "products"), [(6, 23, 3), (6, 16, 2), (6, 15, 1), (5, 23, 1)])
+@torch.no_grad()
+def test_a_large_bfloat16_product_is_taken_in_pieces(monkeypatch, rows, columns, products, biased):
+    monkeypatch.setattr(scratch_module, "PIECES_FROM_ROWS", 6)
+    monkeypatch.setattr(scratch_module, "PIECE_COLUMNS", 8)
+    g = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(columns, 5, generator=g), torch.randn(columns, generator=g) if biased else None
+    x, calls = torch.randn(1, rows, 5, generator=g), []
+    product = torch.addmm if biased else torch.mm
+    counted = lambda *given, out: calls.append(out.shape) or product(*given, out=out)  # noqa: E731
+    monkeypatch.setattr(torch, product.__name__, counted)
+    for dtype, count in ((torch.bfloat16, products), (torch.float32, 1)):
+        inputs = [None if t is None else t.to(dtype) for t in (x, weight, bias)]
+        calls.clear()
+        torch.testing.assert_close(Scratch().linear(*inputs), torch.nn.functional.linear(*inputs))
+        assert len(calls) == count
+
+
 LAYERS = [
     *("blocks.0", "blocks.1", "blocks.3", "blocks.1.mixer", "blocks.1.mixer.in_proj", "blocks.1.mixer.x_proj"),
     *("blocks.1.mixer.dt_proj", "blocks.1.mixer.out_proj", "blocks.1.msa", "blocks.1.msa.to_q"),

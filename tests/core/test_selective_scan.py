@@ -21,7 +21,7 @@ from zigma.selective_scan import (
 )
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
-BACKENDS = ("torch", "native-avx512", "native-avx2", "native-sse2", "native-neon")
+BACKENDS = ("torch", "native-zen4", "native-avx512", "native-avx2", "native-sse2", "native-neon")
 
 
 @pytest.fixture(params=BACKENDS)

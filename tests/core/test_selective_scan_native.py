@@ -258,6 +258,26 @@ def test_an_A_that_is_not_finite_stays_in_its_channel(instruction_set, bad):
             assert not got[..., channel].isfinite().all()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="NOT TESTED: /proc/cpuinfo, which is Linux's")
+def test_the_fastest_kernels_that_the_processor_runs_come_first(library):
+    """What the kernels ask of the processor themselves, against what the system says of it."""
+    described = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
+    known = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in described)}
+    flags = set(known.get("flags", "").split())
+    if not flags:
+        assert library.instruction_sets() == ("neon",)
+        return
+    want = ["sse2"]
+    if {"avx2", "fma", "f16c", "bmi1", "bmi2"} <= flags:
+        want.insert(0, "avx2")
+        if {"avx512f", "avx512dq", "avx512cd", "avx512bw", "avx512vl"} <= flags:
+            want.insert(0, "avx512")
+            if known["vendor_id"] == "AuthenticAMD" and "avx512_bf16" in flags:
+                want.insert(0, "zen4")
+    assert library.instruction_sets() == tuple(want)
+    assert library.instruction_set == want[0]
+
+
 def test_exponential(library, instruction_set):
     """Relative error below two units in the last place, exact at integers, zero or tiny below the range."""
     def exp2(x, as_decays=False):
@@ -290,7 +310,7 @@ def test_decays(library, instruction_set):
     error = decay(x) - exact
     assert (error.abs() <= exact * (3e-7 + 1.5e-7 * x.abs())).all()
     assert error[x <= 0].abs().max() < 3e-7
-    if instruction_set not in ("avx512", "avx2"):  # which have a shorter exponential for them
+    if instruction_set not in ("zen4", "avx512", "avx2"):  # which have a shorter exponential for them
         assert (error / exact).abs().max() < 2e-7
     assert (decay(torch.tensor([0.0, -0.0, -1e-9])) == 1).all()
     for size in (1e-3, 1e-2, 1e-1):  # 1 - decay is what a state forgets

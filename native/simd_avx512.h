@@ -35,7 +35,7 @@ INLINE vec vload_bf16(const uint16_t *p) {
 }
 
 #if defined(ZEN4)
-INLINE void vstore_bf16(uint16_t *p, vec x) { /* rounds so by itself */
+INLINE void vstore_bf16(uint16_t *p, vec x) { /* rounds so by itself; denormals to zero, as the kernels do anyhow */
     _mm256_storeu_si256((void *)p, (__m256i)_mm512_cvtneps_pbh(x));
 }
 #else
@@ -73,10 +73,10 @@ INLINE vec vexp2(vec x) { return vexp2_product(x, vset(1.0f)); }
 
 /* The same for factors of a state: 2^r = c ((r + b)^2 + d), b = 1/log(2), with c in the table. Off by what r + b, of a
  * fixed magnitude, loses: at most 2.2e-7 beside 1, where vexp2_product is off by 1e-7. The exponentials are what a scan
- * waits for, and on the units that multiply: */
+ * waits for. */
 #if defined(ZEN4)
-/* three operations there in place of five, four additions, and scalef, which is the adders' too. a b is rounded, to 6e-8
- * of its size. */
+/* Three operations for the units that multiply in place of five, and four for those that add, which have scalef as well.
+ * a b is rounded, to 6e-8 of its size. */
 INLINE vec vdecay(vec a, vec b) {
     const vec table[2] = {
         _mm512_setr_ps(0.24022731f, 0.2454876f, 0.25086308f, 0.25635627f, 0.26196975f, 0.26770613f, 0.27356812f,
@@ -92,7 +92,7 @@ INLINE vec vdecay(vec a, vec b) {
     return _mm512_scalef_ps(vfma(root, root, vset(2.08130693f)) * power, f);
 }
 #else
-/* one instruction less. f is f - b from the start: b is no multiple of 1/32, so no constant gives f - b by a
+/* One instruction less. f is f - b from the start: b is no multiple of 1/32, so no constant gives f - b by a
  * subtraction; a factor just below 1 of the whole sum does, exact at f = 0. scalef takes the integer part of f - b, which
  * is one or two less than that of f, as the table knows. */
 INLINE vec vdecay(vec a, vec b) {

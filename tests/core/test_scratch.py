@@ -82,7 +82,11 @@ def test_a_large_bfloat16_product_is_taken_in_pieces(monkeypatch, rows, columns,
     weight, bias = torch.randn(columns, 5, generator=g), torch.randn(columns, generator=g) if biased else None
     x, calls = torch.randn(1, rows, 5, generator=g), []
     product = torch.addmm if biased else torch.mm
-    counted = lambda *given, out: calls.append(out.shape) or product(*given, out=out)  # noqa: E731
+
+    def counted(*given, out):
+        calls.append(out.shape)
+        return product(*given, out=out)
+
     monkeypatch.setattr(torch, product.__name__, counted)
     for dtype, count in ((torch.bfloat16, products), (torch.float32, 1)):
         inputs = [None if t is None else t.to(dtype) for t in (x, weight, bias)]

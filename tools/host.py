@@ -127,9 +127,22 @@ def _complaint(answer: dict) -> str:
     return "; ".join(parts) or str(answer.get("error", answer))
 
 
+def _search_also(models: Path, base: Path) -> list[str]:
+    """The arguments with which a host also finds what lies in a models folder, after its base directory's."""
+    kinds = sorted(path.name for path in models.iterdir() if path.is_dir()) if models.is_dir() else []
+    if not kinds:
+        return []
+    config = base / "more_models.yaml"  # JSON is YAML
+    config.write_text(json.dumps({"more": {"base_path": str(models.resolve()), **{kind: kind for kind in kinds}}}))
+    return ["--extra-model-paths-config", str(config)]
+
+
 @contextlib.contextmanager
-def running(host: Path, base: Path | None = None) -> Iterator[Host]:
-    """Start the host on a free port with a base directory of its own; stop it at the end."""
+def running(host: Path, base: Path | None = None, models: Path | None = None) -> Iterator[Host]:
+    """Start the host on a free port with a base directory of its own; stop it at the end.
+
+    models: a folder like the host's models/, whose files it finds as well.
+    """
     with contextlib.ExitStack() as stack:
         if base is None:
             base = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="zigma-host-")))
@@ -143,6 +156,7 @@ def running(host: Path, base: Path | None = None) -> Iterator[Host]:
         seen = subprocess.run(question, capture_output=True, text=True, check=False)
         command = [python, "main.py", "--port", str(port), "--base-directory", base, "--disable-auto-launch"]
         command += ["--database-url", "sqlite:///:memory:"] + ["--cpu"] * (seen.stdout.strip() != "True")
+        command += _search_also(models, base) if models else []
         output = stack.enter_context(log.open("w"))
         process = subprocess.Popen([str(c) for c in command], cwd=host, stdout=output, stderr=subprocess.STDOUT)
         stack.callback(_stop, process)

@@ -26,7 +26,7 @@ def main() -> int:
     failed = 0
     for host in hosts:
         try:
-            with running(host) as comfy:
+            with running(host, models=host / "models") as comfy:
                 for path in sorted((ROOT / "workflows/api").glob("*.json")):
                     failed += not _run(comfy, host, path)
         except HostError as error:

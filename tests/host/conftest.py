@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 from found_hosts import FAILED, FOUND, hosts
 
@@ -32,7 +34,18 @@ def base(host, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def server(host, base):
+def more_models(base, tmp_path_factory):
+    """A folder as a user's models/, beside the base directory."""
+    folder = tmp_path_factory.mktemp("user's models")
+    for kind in ("zigma", "loras"):
+        (folder / kind).mkdir()
+    tiny = base / "models" / "diffusion_models" / "tiny.safetensors"
+    shutil.copyfile(tiny, folder / "zigma" / "user's.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(host, base, more_models):
     """The host, running."""
-    with hosts.running(host, base) as running:
+    with hosts.running(host, base, more_models) as running:
         yield running

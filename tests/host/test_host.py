@@ -63,6 +63,15 @@ def test_a_workflow_runs_through_the_server(server):
     assert sizes == [(4 * 48, 4 * 32)] * 4
 
 
+def test_files_of_a_users_models_are_found_and_nothing_is_written_beside_them(server, more_models):
+    """As `make comfyui` lets a host find those of its own models/."""
+    before = sorted(more_models.rglob("*"))
+    drawn = [server.run(graph(**{"1__model_name": f"{name}.safetensors"})) for name in ("user's", "tiny")]
+    mine, tiny = ([Image.open(io.BytesIO(png)).tobytes() for png in pictures.values()] for pictures in drawn)
+    assert mine and mine == tiny
+    assert sorted(more_models.rglob("*")) == before
+
+
 def test_mistakes_come_back_as_one_sentence(server):
     with pytest.raises(hosts.HostError, match=r"ZigMaModelLoader: .*gone\.safetensors"):
         server.run(graph(**{"1__model_name": "gone.safetensors"}))

@@ -163,9 +163,9 @@ def run(options: Options) -> Report:
 
 def forward(report: Report, options: Options) -> None:
     lengths = (256,) if options.quick else (256, 1024, 4096)
-    widest = measure.instruction_sets()[0]
+    fastest = measure.instruction_sets()[0]
     with torch.no_grad():
-        rows = {l: _forward(l, widest, options) for l in lengths}
+        rows = {l: _forward(l, fastest, options) for l in lengths}
     sets = measure.instruction_sets()
     names = [FOUR, *sets, *map(in_mixer, sets), "exponentials", *others()]
     cells = [[f"L {l}", f"{row[FOUR]:.1f}", *(_share(row[name], row[FOUR]) for name in names[1:])]
@@ -177,41 +177,41 @@ def forward(report: Report, options: Options) -> None:
         "step sizes, just written, make room for the result; else the result comes in new memory. `plain loop` is the "
         "definition in `selective_scan/reference.py`; `published loop` goes as the reference in Mamba's own package "
         "does, which lays out all steps before it starts. `exponentials`: as many as the scan needs at least, one "
-        f"for each channel, token and state, by the {widest} kernel's own exp2 in the cache: its floor. The GEMMs run "
+        f"for each channel, token and state, by the {fastest} kernel's own exp2 in the cache: its floor. The GEMMs run "
         f"at {last['rate']:.0f} GFLOP/s, a square product of 1536 at {last['peak']:.0f}."
     )
     if not has_mambapy():
         text += " mambapy is not installed (extra `bench`), so that its parallel scan was not measured."
     report.table("The scan, forward", ["", *names], cells, text)
     report.data["forward"] = {str(l): {name: row[name] for name in names} for l, row in rows.items()}
-    _hold_forward(report, rows, widest)
+    _hold_forward(report, rows, fastest)
 
 
 def _share(ms: float, whole: float) -> str:
     return f"{ms:.1f} ({ms / whole:.1%})" if ms < 10 * whole else f"{ms:.0f} ({ms / whole:.0%})"
 
 
-def _forward(l: int, widest: str, options: Options) -> dict[str, float]:
+def _forward(l: int, fastest: str, options: Options) -> dict[str, float]:
     problem = Problem(l)
     products, work = measure.mixer_products(1, l)
     square, square_work = measure.square_product()
     candidates: dict[str, Run] = {FOUR: products, "square": square}
-    candidates["exponentials"] = measure.exponentials(D_INNER * l * STATES, widest)
+    candidates["exponentials"] = measure.exponentials(D_INNER * l * STATES, fastest)
     candidates |= {in_mixer(name): InMixer(problem, name) for name in measure.instruction_sets()}
     candidates |= problem.ways(*others())
     row = measure.medians(candidates, options.rounds, at_most=dict.fromkeys((LOOP, PUBLISHED, MAMBAPY), 3))
     return row | {"rate": 1000 * work / row[FOUR], "peak": 1000 * square_work / row["square"]}
 
 
-def _hold_forward(report: Report, rows: dict[int, dict[str, float]], widest: str) -> None:
-    avx512 = "zen4" if widest == "zen4" else "avx512"  # AVX-512 as well, for AMD's processors
+def _hold_forward(report: Report, rows: dict[int, dict[str, float]], fastest: str) -> None:
+    avx512 = "zen4" if fastest == "zen4" else "avx512"  # AVX-512 as well, for AMD's processors
     shares = ((avx512, 0.08, 0.04), ("avx2", 0.15, 0.09))
     for (name, required, aim), kind in itertools.product(shares, (str, in_mixer)):
         for l, row in rows.items():
             if l == 256 and len(rows) > 1:
                 continue
             value = row[kind(name)] / row[FOUR] if name in row else None
-            limit = row["exponentials"] / row[FOUR] if name == widest else None
+            limit = row["exponentials"] / row[FOUR] if name == fastest else None
             note = "" if name in row else f"this CPU has no {name}"
             what = f"native scan ({kind(name)}) / GEMMs, L {l}"
             report.held.append(Held(what, value, required, aim, limit=limit, form="{:.1%}", note=note))
@@ -219,15 +219,15 @@ def _hold_forward(report: Report, rows: dict[int, dict[str, float]], widest: str
     row, times = rows[l], {"at_least": True, "form": "{:.1f}×"}
     # The requirement is stated against the loop that lays out all steps first; the other is there for comparison.
     for loop, required, aim in ((PUBLISHED, 35, 70), (LOOP, None, None)):
-        what, floor = f"{loop} / native scan ({widest}), forward, L {l}", row[loop] / row["exponentials"]
-        report.held.append(Held(what, row[loop] / row[widest], required, aim, limit=floor, **times))
+        what, floor = f"{loop} / native scan ({fastest}), forward, L {l}", row[loop] / row["exponentials"]
+        report.held.append(Held(what, row[loop] / row[fastest], required, aim, limit=floor, **times))
     for loop, required, aim in ((PUBLISHED, 4, 8), (LOOP, None, None)):
         what = f"{loop} / torch backend, forward, L {l}"
         report.held.append(Held(what, row[loop] / row[TORCH], required, aim, **times))
 
 
 def backward(report: Report, options: Options) -> None:
-    l, widest = 256 if options.quick else 1024, measure.instruction_sets()[0]
+    l, fastest = 256 if options.quick else 1024, measure.instruction_sets()[0]
     problem = Problem(l, gradients=True)
     candidates = {"3 × four GEMMs": _three_times(measure.mixer_products(1, l)[0])}
     candidates |= problem.ways(TORCH, ADDCMUL, MAMBAPY)
@@ -240,8 +240,8 @@ def backward(report: Report, options: Options) -> None:
     )
     report.table("The scan, forward and backward", ["", *row], cells, text)
     report.held.append(
-        Held(f"autograd through the torch scan / native scan ({widest}), forward and backward, L {l}",
-             row[ADDCMUL] / row[widest], 20, 45, at_least=True, form="{:.1f}×")
+        Held(f"autograd through the torch scan / native scan ({fastest}), forward and backward, L {l}",
+             row[ADDCMUL] / row[fastest], 20, 45, at_least=True, form="{:.1f}×")
     )  # fmt: skip
 
 
@@ -317,9 +317,9 @@ def prepare_scan(way: str, l: int) -> Run:
 
 
 def memory(report: Report, options: Options) -> None:
-    l, widest = 1024 if options.quick else 4096, measure.instruction_sets()[0]
+    l, fastest = 1024 if options.quick else 4096, measure.instruction_sets()[0]
     output = 4 * D_INNER * l
-    names = (widest, *others())
+    names = (fastest, *others())
     grown = {name: measure.peak_growth(prepare_scan, name, l) for name in names}
     if None in grown.values():
         report.held.append(Held("memory of the scan", None, 2, 1, note="this system does not tell a process's peak"))
@@ -331,7 +331,7 @@ def memory(report: Report, options: Options) -> None:
         f"in brackets in units of the output ({output / 1e6:.0f} MB).",
     )  # fmt: skip
     report.held.append(
-        Held(f"memory of the scan / its output, L {l}", grown[widest] / output, 2, 1.0, limit=1.0, form="{:.2f}×")
+        Held(f"memory of the scan / its output, L {l}", grown[fastest] / output, 2, 1.0, limit=1.0, form="{:.2f}×")
     )
 
 

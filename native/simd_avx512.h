@@ -49,19 +49,29 @@ INLINE void vstore_bf16(uint16_t *p, vec x) { /* round to nearest even; a NaN st
 }
 #endif
 
+/* 2^(i/32), i = 0 ... 31, in two registers: times low up to i = 14, times high from there. */
+#define POWERS(low, high)                                                                                             \
+    {                                                                                                                 \
+        _mm512_setr_ps(low * 1.0, low * 1.0218971486541166, low * 1.0442737824274138,                                 \
+                       low * 1.0671404006768237, low * 1.0905077326652577, low * 1.1143867425958924,                  \
+                       low * 1.1387886347566916, low * 1.1637248587775775, low * 1.189207115002721,                   \
+                       low * 1.215247359980469, low * 1.241857812073484, low * 1.2690509571917332,                    \
+                       low * 1.2968395546510096, low * 1.3252366431597413, low * 1.3542555469368927,                  \
+                       high * 1.383909881963832),                                                                     \
+        _mm512_setr_ps(high * 1.4142135623730951, high * 1.4451808069770467, high * 1.4768261459394993,               \
+                       high * 1.5091644275934228, high * 1.5422108254079407, high * 1.5759808451078865,               \
+                       high * 1.6104903319492543, high * 1.6457554781539649, high * 1.681792830507429,                \
+                       high * 1.7186192981224779, high * 1.7562521603732995, high * 1.7947090750031072,               \
+                       high * 1.8340080864093424, high * 1.8741676341103, high * 1.9152065613971474,                  \
+                       high * 1.9571441241754002),                                                                    \
+    }
+
 /* 2^(a b): x = a b = f + r with f a multiple of 1/32, |r| <= 1/64; the fraction of f picks 2^(i/32) from a table in two
  * registers, 2^r = 1 + r (c1 + c2 r) (relative error 5.3e-8), and scalef puts in the integer part, saturating to 0 and
  * infinity by itself. Fewer multiplications than a polynomial alone, and they are what the kernels wait for. The
  * product is never rounded, so that r of one beyond all bounds is no small number: for those take vexp2(a * b). */
 INLINE vec vexp2_product(vec a, vec b) {
-    const vec table[2] = {
-        _mm512_setr_ps(1.0f, 1.0218972f, 1.04427373f, 1.06714046f, 1.09050775f, 1.1143868f, 1.13878858f, 1.1637249f,
-                       1.18920708f, 1.21524739f, 1.24185777f, 1.26905096f, 1.29683959f, 1.32523668f, 1.35425556f,
-                       1.38390994f),
-        _mm512_setr_ps(1.41421354f, 1.44518077f, 1.47682619f, 1.50916445f, 1.54221082f, 1.5759809f, 1.61049032f,
-                       1.64575553f, 1.68179286f, 1.71861935f, 1.75625217f, 1.79470909f, 1.8340081f, 1.87416768f,
-                       1.91520655f, 1.95714414f),
-    };
+    const vec table[2] = POWERS(1.0, 1.0);
     const vec shift = vset(393216.0f); /* 1.5 * 2^18: the sum's last bit is worth 1/32 */
     vec sum = vfma(a, b, shift), f = sum - shift, r = _mm512_fmsub_ps(a, b, f);
     vec power = _mm512_permutex2var_ps(table[0], _mm512_castps_si512(sum), table[1]);
@@ -78,14 +88,7 @@ INLINE vec vexp2(vec x) { return vexp2_product(x, vset(1.0f)); }
 /* Three operations for the units that multiply in place of five, and four for those that add, which have scalef as well.
  * a b is rounded, to 6e-8 of its size. */
 INLINE vec vdecay(vec a, vec b) {
-    const vec table[2] = {
-        _mm512_setr_ps(0.24022731f, 0.2454876f, 0.25086308f, 0.25635627f, 0.26196975f, 0.26770613f, 0.27356812f,
-                       0.27955848f, 0.28568003f, 0.2919356f, 0.29832816f, 0.3048607f, 0.31153628f, 0.31835803f,
-                       0.32532915f, 0.33245295f),
-        _mm512_setr_ps(0.33973274f, 0.3471719f, 0.35477397f, 0.3625425f, 0.37048116f, 0.37859365f, 0.38688377f,
-                       0.3953554f, 0.40401256f, 0.4128593f, 0.42189974f, 0.43113813f, 0.44057882f, 0.45022625f,
-                       0.46008492f, 0.47015947f),
-    };
+    const vec table[2] = POWERS(0.24022731f, 0.24022731f);
     const vec shift = vset(393216.0f); /* as above */
     vec x = a * b, sum = x + shift, f = sum - shift, root = (x + vset(1.44271171f)) - f;
     vec power = _mm512_permutex2var_ps(table[0], _mm512_castps_si512(sum), table[1]);
@@ -96,14 +99,7 @@ INLINE vec vdecay(vec a, vec b) {
  * subtraction; a factor just below 1 of the whole sum does, exact at f = 0. scalef takes the integer part of f - b, which
  * is one or two less than that of f, as the table knows. */
 INLINE vec vdecay(vec a, vec b) {
-    const vec table[2] = {
-        _mm512_setr_ps(0.960909247f, 0.981950402f, 1.0034523f, 1.02542508f, 1.04787898f, 1.0708245f, 1.09427249f,
-                       1.11823392f, 1.1427201f, 1.16774237f, 1.19331264f, 1.21944284f, 1.24614513f, 1.27343214f,
-                       1.30131662f, 0.664905906f),
-        _mm512_setr_ps(0.679465473f, 0.694343805f, 0.709547937f, 0.72508502f, 0.740962327f, 0.757187307f, 0.773767531f,
-                       0.790710807f, 0.808025122f, 0.825718582f, 0.843799472f, 0.862276256f, 0.881157637f, 0.900452495f,
-                       0.92016983f, 0.940318942f),
-    };
+    const vec table[2] = POWERS(4 * 0.24022731f, 2 * 0.24022731f);
     const vec shift = vset(305863.0f); /* between 2^18 and 2^19, as above; b = 305863 / 2^23 + 1.40625 */
     vec sum = vfma(a, b, shift), f = _mm512_fmsub_ps(sum, vset(0x1.fffffcp-1f), vset(305863.0f + 1.40625f));
     vec power = _mm512_permutex2var_ps(table[0], _mm512_castps_si512(sum), table[1]);

@@ -129,11 +129,9 @@ def _complaint(answer: dict) -> str:
 
 def _search_also(models: Path, base: Path) -> list[str]:
     """The arguments with which a host also finds what lies in a models folder, after its base directory's."""
-    kinds = sorted(path.name for path in models.iterdir() if path.is_dir()) if models.is_dir() else []
-    if not kinds:
-        return []
+    kinds = {path.name: path.name for path in models.iterdir() if path.is_dir()}
     config = base / "more_models.yaml"  # JSON is YAML
-    config.write_text(json.dumps({"more": {"base_path": str(models.resolve()), **{kind: kind for kind in kinds}}}))
+    config.write_text(json.dumps({"more": {"base_path": str(models.resolve()), **kinds}}))
     return ["--extra-model-paths-config", str(config)]
 
 
@@ -156,7 +154,7 @@ def running(host: Path, base: Path | None = None, models: Path | None = None) ->
         seen = subprocess.run(question, capture_output=True, text=True, check=False)
         command = [python, "main.py", "--port", str(port), "--base-directory", base, "--disable-auto-launch"]
         command += ["--database-url", "sqlite:///:memory:"] + ["--cpu"] * (seen.stdout.strip() != "True")
-        command += _search_also(models, base) if models else []
+        command += _search_also(models, base) if models and models.is_dir() else []
         output = stack.enter_context(log.open("w"))
         process = subprocess.Popen([str(c) for c in command], cwd=host, stdout=output, stderr=subprocess.STDOUT)
         stack.callback(_stop, process)

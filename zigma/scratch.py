@@ -66,7 +66,9 @@ class Scratch:
             return F.linear(x, weight, bias)
         out = place if isinstance(place, Tensor) else self._take(place, (*x.shape[:-1], len(weight)), x)
         rows, results = x.flatten(0, -2), out.view(-1, len(weight))
-        for part in _pieces(rows, weight):
+        step = _columns_at_once(rows, weight)
+        for first in range(0, len(weight), step):
+            part = slice(first, first + step)
             if bias is None:
                 torch.mm(rows, weight[part].t(), out=results[:, part])
             else:
@@ -105,9 +107,8 @@ class Scratch:
         return piece[:size].view(shape)
 
 
-def _pieces(rows: Tensor, weight: Tensor) -> list[slice]:
-    """The columns of the product of rows (k, m) and weight (n, m) that are computed together."""
+def _columns_at_once(rows: Tensor, weight: Tensor) -> int:
+    """How many columns of the product of rows (k, m) and weight (n, m) are computed together."""
     columns = len(weight)
-    if rows.dtype != torch.bfloat16 or len(rows) < PIECES_FROM_ROWS or columns < 2 * PIECE_COLUMNS:
-        return [slice(None)]
-    return [slice(first, first + PIECE_COLUMNS) for first in range(0, columns, PIECE_COLUMNS)]
+    large = len(rows) >= PIECES_FROM_ROWS and columns >= 2 * PIECE_COLUMNS
+    return PIECE_COLUMNS if large and rows.dtype == torch.bfloat16 else columns

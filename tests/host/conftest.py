@@ -37,8 +37,7 @@ def base(host, tmp_path_factory):
 def more_models(base, tmp_path_factory):
     """A folder as a user's models/, beside the base directory."""
     folder = tmp_path_factory.mktemp("user's models")
-    for kind in ("zigma", "loras"):
-        (folder / kind).mkdir()
+    (folder / "zigma").mkdir()
     tiny = base / "models" / "diffusion_models" / "tiny.safetensors"
     shutil.copyfile(tiny, folder / "zigma" / "user's.safetensors")
     return folder
